@@ -1,0 +1,275 @@
+"""The diffusion process: noise schedules, what the network predicts, the loss, and the samplers.
+
+    scheduler = DDPMScheduler(num_timesteps=400)
+    loss = scheduler.loss(model, x_0, t, eps)                     # training, one batch
+    images = sample_images(model, scheduler, (3, 32, 32), 16)     # (16, 3, 32, 32) in [-1, 1]
+
+Notation of Ho et al. 2020 (DDPM): x_t = alpha_t x_0 + sigma_t eps, with alpha_t^2 = alphas_cumprod[t] and
+sigma_t^2 = 1 - alpha_t^2. Timesteps count from 0 (nearly clean) to T - 1 (nearly noise); -1 is the clean image.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+
+SIGMA_DATA = 0.5  # the data's standard deviation as EDM assumes it (Karras et al. 2022, table 1)
+SCHEDULES = ("linear", "cosine")
+PREDICTION_TYPES = ("eps", "v", "edm")
+
+# (x_t, t, state) -> (x_0, eps, state): what a sampler asks of a network
+Denoise = Callable[[Tensor, int, object], tuple[Tensor, Tensor, object]]
+
+
+def linear_betas(num_timesteps: int) -> Tensor:
+    """Ho et al. 2020, section 4: 1e-4 to 0.02 at T = 1000, scaled by 1000 / T so that any T ends in noise."""
+    scale = 1000 / num_timesteps
+    return torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64).clamp(max=0.999)
+
+
+def cosine_betas(num_timesteps: int) -> Tensor:
+    """Nichol & Dhariwal 2021, eq. 17, with their s = 0.008 and betas of at most 0.999."""
+    time = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
+    alphas_cumprod = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
+
+
+class DDPMScheduler:
+    """The forward process q(x_t | x_0) and the meaning of a network's output F. All tables are float64.
+
+    F aims at `p_t x_0 + q_t eps`, where the prediction type fixes p and q:
+
+    - `eps`: p = 0, q = 1 (Ho et al. 2020, eq. 14).
+    - `v`: p = -sigma, q = alpha (Salimans & Ho 2022, section 4).
+    - `edm`: the preconditioning of Karras et al. 2022, eq. 7 and table 1, rewritten for the variance-preserving
+      process: with s^2 = sigma^2 + alpha^2 sigma_data^2, the network sees x_t / s, of unit variance, and
+      p = sigma / (s sigma_data), q = -alpha sigma_data / s, so that F too has unit variance at every t.
+
+    Together with x_t = alpha x_0 + sigma eps that is a 2x2 system; `predict` solves it.
+
+    Raises UserError for fewer than 2 timesteps, an unknown schedule or an unknown prediction type.
+    """
+
+    def __init__(self, num_timesteps: int = 400, schedule: str = "linear", prediction_type: str = "edm"):
+        if num_timesteps < 2:
+            raise UserError(f"timesteps: must be at least 2, got {num_timesteps}")
+        if schedule not in SCHEDULES:
+            raise UserError(f"schedule: must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        if prediction_type not in PREDICTION_TYPES:
+            raise UserError(f"prediction type: must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+        self.num_timesteps = num_timesteps
+        self.schedule = schedule
+        self.prediction_type = prediction_type
+        betas = linear_betas(num_timesteps) if schedule == "linear" else cosine_betas(num_timesteps)
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # (T,)
+        self.alpha = self.alphas_cumprod.sqrt()
+        self.sigma = (1 - self.alphas_cumprod).sqrt()
+        self.input_scale = torch.ones_like(self.alpha)
+        if prediction_type == "eps":
+            self.p, self.q = torch.zeros_like(self.alpha), torch.ones_like(self.alpha)
+        elif prediction_type == "v":
+            self.p, self.q = -self.sigma, self.alpha
+        else:
+            s = (self.sigma**2 + (self.alpha * SIGMA_DATA) ** 2).sqrt()
+            self.p, self.q = self.sigma / (s * SIGMA_DATA), -self.alpha * SIGMA_DATA / s
+            self.input_scale = 1 / s
+
+    @lru_cache(maxsize=32)  # noqa: B019 - a scheduler lives as long as its process
+    def _table(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return getattr(self, name).to(dtype).to(device)
+
+    def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """The table `name` at timesteps t (B,), in the dtype of `like` (B, C, H, W): (B, 1, 1, 1)."""
+        return self._table(name, like.device, like.dtype)[t].view(-1, *[1] * (like.ndim - 1))
+
+    def add_noise(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t for x_0 and eps of shape (B, C, H, W) and t of shape (B,) (Ho et al. 2020, eq. 4)."""
+        return self.at("alpha", t, x_0) * x_0 + self.at("sigma", t, x_0) * eps
+
+    def network_output(self, model: nn.Module, x_t: Tensor, t: Tensor, **condition) -> Tensor:
+        """F of shape (B, C, H, W), in the dtype of x_t whatever autocast made of it inside the network."""
+        return model(self.at("input_scale", t, x_t) * x_t, t, **condition).to(x_t.dtype)
+
+    def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_0, eps), each (B, C, H, W), from the network's output F at x_t."""
+        alpha, sigma = self.at("alpha", t, x_t), self.at("sigma", t, x_t)
+        p, q = self.at("p", t, x_t), self.at("q", t, x_t)
+        determinant = alpha * q - sigma * p
+        return (q * x_t - sigma * output) / determinant, (alpha * output - p * x_t) / determinant
+
+    def loss(self, model: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor, **condition) -> Tensor:
+        """Squared error of the predicted eps, averaged over an image's values: (B,) (Ho et al. 2020, eq. 14).
+
+        It is the same whatever the prediction type: that one changes what is easy to learn, not what is measured.
+        """
+        x_t = self.add_noise(x_0, t, eps)
+        _, predicted = self.predict(self.network_output(model, x_t, t, **condition), x_t, t)
+        return (predicted - eps).square().flatten(1).mean(1)
+
+    def level(self, t: int) -> tuple[float, float]:
+        """(alpha_t, sigma_t) of one timestep in double precision; (1, 0) for t = -1, the clean image."""
+        return (1.0, 0.0) if t < 0 else (self.alpha[t].item(), self.sigma[t].item())
+
+    def timesteps(self, num_steps: int) -> list[int]:
+        """num_steps + 1 timesteps, evenly spaced from T - 1 down to -1.
+
+        Raises UserError unless 1 <= num_steps <= T.
+        """
+        if not 1 <= num_steps <= self.num_timesteps:
+            raise UserError(f"steps: must be from 1 to the model's {self.num_timesteps} timesteps, got {num_steps}")
+        return [round(self.num_timesteps * (1 - i / num_steps)) - 1 for i in range(num_steps + 1)]
+
+
+def denoiser(
+    model: nn.Module,
+    scheduler: DDPMScheduler,
+    *,
+    clip: bool = True,
+    labels: Tensor | None = None,
+    guidance: float = 1.0,
+) -> Denoise:
+    """The function that a sampler calls. x_0 is clipped to [-1, 1] and eps then follows from it, so both agree.
+
+    labels: (B,) classes, or None for a model without classes. guidance: F_uncond + guidance (F_cond - F_uncond),
+    classifier-free guidance (Ho & Salimans 2022, eq. 6, where guidance = 1 + w); 1 is the conditional model itself.
+    """
+
+    def denoise(x: Tensor, t: int, state: object) -> tuple[Tensor, Tensor, object]:
+        times = torch.full((len(x),), t, device=x.device)
+        if labels is None:
+            output = scheduler.network_output(model, x, times)
+        elif guidance == 1.0:
+            output = scheduler.network_output(model, x, times, labels=labels)
+        else:
+            both = torch.cat([labels, torch.full_like(labels, model.num_classes)])  # the class behind the last: none
+            output = scheduler.network_output(model, torch.cat([x, x]), torch.cat([times, times]), labels=both)
+            conditional, unconditional = output.chunk(2)
+            output = torch.lerp(unconditional, conditional, guidance)
+        x_0, eps = scheduler.predict(output, x, times)
+        if clip:
+            alpha, sigma = scheduler.level(t)
+            x_0 = x_0.clamp(-1, 1)
+            eps = (x - alpha * x_0) / sigma
+        return x_0, eps, state
+
+    return denoise
+
+
+def ddpm(
+    scheduler: DDPMScheduler, denoise: Denoise, x: Tensor, timesteps: Sequence[int], *, noise: Callable[[], Tensor]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Ancestral sampling with the posterior's own variance (Ho et al. 2020, eq. 6 and 7), from t to any s < t.
+
+    x: (B, C, H, W) at timesteps[0]; noise() draws another one like it. Yields (s, x_s, x_0) after each step.
+    """
+    state = None
+    for t, s in pairwise(timesteps):
+        x_0, _, state = denoise(x, t, state)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = scheduler.level(t), scheduler.level(s)
+        ratio = alpha_t / alpha_s
+        beta = 1 - ratio**2
+        x = (alpha_s * beta * x_0 + ratio * sigma_s**2 * x) / sigma_t**2
+        if s >= 0:
+            x = x + math.sqrt(beta) * sigma_s / sigma_t * noise()
+        yield s, x, x_0
+
+
+def ddim(
+    scheduler: DDPMScheduler,
+    denoise: Denoise,
+    x: Tensor,
+    timesteps: Sequence[int],
+    *,
+    eta: float = 0.0,
+    noise: Callable[[], Tensor],
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """DDIM (Song et al. 2021, eq. 12, with eta as in eq. 16). Arguments and yields as in `ddpm`."""
+    state = None
+    for t, s in pairwise(timesteps):
+        x_0, eps, state = denoise(x, t, state)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = scheduler.level(t), scheduler.level(s)
+        std = eta * sigma_s / sigma_t * math.sqrt(1 - (alpha_t / alpha_s) ** 2)
+        x = alpha_s * x_0 + math.sqrt(sigma_s**2 - std**2) * eps
+        if std > 0:
+            x = x + std * noise()
+        yield s, x, x_0
+
+
+def dpmpp(
+    scheduler: DDPMScheduler, denoise: Denoise, x: Tensor, timesteps: Sequence[int]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """DPM-Solver++ (2M) (Lu et al. 2022, algorithm 2); the step to the clean image is of first order.
+
+    Deterministic. Arguments and yields as in `ddpm`.
+    """
+    state, previous, last_step = None, None, 0.0
+    for t, s in pairwise(timesteps):
+        x_0, _, state = denoise(x, t, state)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = scheduler.level(t), scheduler.level(s)
+        step = math.inf if s < 0 else math.log(alpha_s * sigma_t / (alpha_t * sigma_s))  # lambda_s - lambda_t
+        data = x_0
+        if previous is not None and s >= 0:
+            data = x_0 + step / (2 * last_step) * (x_0 - previous)
+        x = sigma_s / sigma_t * x - alpha_s * math.expm1(-step) * data
+        previous, last_step = x_0, step
+        yield s, x, x_0
+
+
+SAMPLERS = ("ddpm", "ddim", "dpmpp")
+
+
+def image_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Callable[[], Tensor]:
+    """A source of standard normal noise (len(seeds), *shape), each image from a CPU generator of its own seed."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda: torch.stack([torch.randn(*shape, generator=g) for g in generators]).to(device)
+
+
+@torch.no_grad()
+def sample_images(
+    model: nn.Module,
+    scheduler: DDPMScheduler,
+    shape: Sequence[int],
+    num_images: int,
+    *,
+    sampler: str = "dpmpp",
+    steps: int = 50,
+    eta: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    labels: Tensor | None = None,
+    guidance: float = 1.0,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Draw images: (num_images, *shape) in [-1, 1], on the CPU. Image i follows from `seed + i` alone.
+
+    shape: (C, H, W). labels: (num_images,) classes or None. on_step(step, x_0 (b, C, H, W)) is called after each
+    denoising step of each batch; steps count from 0. Raises UserError for an unknown sampler or a number of steps
+    that `DDPMScheduler.timesteps` refuses.
+    """
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler: must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    timesteps = scheduler.timesteps(steps)
+    device = next(model.parameters()).device
+    images = []
+    for first in range(0, num_images, batch_size):
+        last = min(first + batch_size, num_images)
+        noise = image_noise(range(seed + first, seed + last), shape, device)
+        batch_labels = None if labels is None else labels[first:last].to(device)
+        denoise = denoiser(model, scheduler, labels=batch_labels, guidance=guidance)
+        x = noise()  # sigma of the last timestep is 1 to four digits
+        if sampler == "ddpm":
+            trajectory = ddpm(scheduler, denoise, x, timesteps, noise=noise)
+        elif sampler == "ddim":
+            trajectory = ddim(scheduler, denoise, x, timesteps, eta=eta, noise=noise)
+        else:
+            trajectory = dpmpp(scheduler, denoise, x, timesteps)
+        for step, (_, x, x_0) in enumerate(trajectory):  # noqa: B007 - the last x is the image
+            if on_step is not None:
+                on_step(step, x_0)
+        images.append(x.clamp(-1, 1).cpu())
+    return torch.cat(images)
