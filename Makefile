@@ -1,0 +1,27 @@
+# make demo: train on digits for two minutes and draw a grid.   make test: style and tests.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= runs/demo
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.run
+	$(VENV)/bin/python train.py --dataset digits --image-size 16 --batch-size 64 --minutes 2 --output-dir $(DEMO)
+	$(VENV)/bin/python sample.py --checkpoint "$$(ls -d $(DEMO)/*-true-digits | tail -n 1)" --output $(DEMO)/digits.png
+
+test: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest -q
+
+$(VENV)/.run: requirements.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements-compare.txt $(VENV)/.run
+	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
