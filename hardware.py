@@ -1,0 +1,97 @@
+"""Where a run runs: the device, the precision that is faster there, and this process among those of `torchrun`."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from errors import UserError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16")
+WORTHWHILE = 0.9  # bf16 is taken if its step lasts at most this share of fp32's
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA, else MPS, else the CPU. Raises UserError where it is not available."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available[name]:
+        raise UserError(f"--device: {name} is not available on this machine; use --device auto")
+    return torch.device(name)
+
+
+def choose_precision(device: torch.device, step: Callable[[str], object], rounds: int = 8) -> str:
+    """`bf16` where step("bf16") is measured to be clearly faster than step("fp32") on this device, else `fp32`."""
+    if device.type == "mps" or (device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)):
+        return "fp32"
+    best = {"fp32": float("inf"), "bf16": float("inf")}
+    for _ in range(2 + rounds):  # in turn, so that a change of the machine's speed meets both; the best is the verdict
+        for precision in best:
+            start = time.perf_counter()
+            step(precision)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best[precision] = min(best[precision], time.perf_counter() - start)
+    return "bf16" if best["bf16"] < WORTHWHILE * best["fp32"] else "fp32"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `world_size` equal ones. Its collectives are no-ops when it is alone."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    control: dist.ProcessGroup | None = None  # gloo, on the CPU: small agreements do not wait for a GPU
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, *values: float) -> list[float]:
+        """The largest of each value over all processes."""
+        if self.control is None:
+            return list(values)
+        together = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(together, dist.ReduceOp.MAX, group=self.control)
+        return together.tolist()
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, on the CPU."""
+        value = value.detach().cpu().clone()
+        if self.control is not None:
+            dist.all_reduce(value, dist.ReduceOp.SUM, group=self.control)
+        return value
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """A block that the main process runs before the others do: what it downloads, they find."""
+        if self.control is not None and not self.is_main:
+            dist.barrier(group=self.control)
+        yield
+        if self.control is not None and self.is_main:
+            dist.barrier(group=self.control)
+
+
+@contextmanager
+def join_processes(device_name: str) -> Iterator[Processes]:
+    """Join the processes that `torchrun` started, if it did; leave them at the end of the block."""
+    device = choose_device(device_name)
+    if "LOCAL_RANK" not in os.environ:
+        yield Processes(device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(device, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()

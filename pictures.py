@@ -1,0 +1,64 @@
+"""The pictures that the commands write: grids of images, animations, loss curves. All written atomically."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from checkpoint import atomic_path
+from errors import RunFailed
+
+SMALLEST_SIDE = 64  # an image of a grid is enlarged to about this many pixels, so that a person sees it
+
+
+def grid_image(images: Tensor) -> Image.Image:
+    """A near-square grid of images (N, C, H, W) in [-1, 1], enlarged in whole steps.
+
+    Raises RunFailed if a value is not finite: such an image would be drawn black.
+    """
+    if not torch.isfinite(images).all():
+        raise RunFailed("the images have values that are not finite; no picture was written")
+    grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=math.ceil(math.sqrt(len(images))), padding=1, pad_value=1.0)
+    pixels = (grid * 255).round().byte().permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels)
+    zoom = max(1, SMALLEST_SIDE // images.shape[-1])
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """Write a grid of images (N, C, H, W) in [-1, 1] as PNG."""
+    picture = grid_image(images)
+    with atomic_path(path) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def save_gif(frames: Sequence[Tensor], path: Path) -> None:
+    """Write an animation of grids, each frame (N, C, H, W) in [-1, 1]; the last one stays for two seconds."""
+    pictures = [grid_image(frame) for frame in frames]
+    durations = [80] * (len(pictures) - 1) + [2000]
+    with atomic_path(path) as temporary:
+        pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def save_loss_curves(metrics: Path, path: Path) -> None:
+    """Draw training loss and held-out eps-MSE of a `metrics.csv` against the images seen, as PNG."""
+    from matplotlib.figure import Figure  # no pyplot: it would look for a display
+
+    with open(metrics, newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for column, label, style in (("loss", "training loss", "-"), ("held_out_loss", "held-out eps-MSE (EMA)", "o-")):
+        points = [(int(row["images"]), float(row[column])) for row in rows if row[column]]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
+    axes.set(xlabel="images seen", ylabel="mean squared error", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

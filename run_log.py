@@ -1,0 +1,72 @@
+"""What a run writes beside its weights: `metrics.csv`, TensorBoard events on request, sample grids, `loss.png`."""
+
+import csv
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from checkpoint import atomic_path
+from errors import UserError
+from pictures import save_grid, save_loss_curves
+
+COLUMNS = ("step", "images", "seconds", "loss", "lr", "held_out_loss")
+
+
+def tensorboard_writer() -> type:
+    """TensorBoard's SummaryWriter. Raises UserError where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: needs tensorboard; pip install -r requirements-compare.txt") from None
+    return SummaryWriter
+
+
+class RunLog:
+    """The records of the run in `folder`; a context manager.
+
+    step: where the run starts or goes on. Rows of `metrics.csv` behind it are dropped: those steps are taken again.
+    """
+
+    def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = False):
+        self.folder = folder
+        self.metrics = folder / "metrics.csv"
+        kept = []
+        if self.metrics.exists():
+            with open(self.metrics, newline="") as file:
+                kept = [row for row in csv.DictReader(file) if row["lr"] and int(row["step"]) <= step]
+        with atomic_path(self.metrics) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+        self.file = open(self.metrics, "a", newline="")  # noqa: SIM115 - closed by __exit__
+        self.writer = csv.DictWriter(self.file, COLUMNS)
+        self.events = tensorboard_writer()(folder, purge_step=step + 1) if tensorboard else None
+
+    def row(self, step: int, **values: float) -> None:
+        """One line of `metrics.csv`; a column that is not given stays empty."""
+        self.writer.writerow({"step": step} | {name: f"{value:.8g}" for name, value in values.items()})
+        self.file.flush()
+        if self.events is not None:
+            for name in values.keys() & {"loss", "lr", "held_out_loss"}:
+                self.events.add_scalar(name, values[name], step)
+
+    def grid(self, step: int, images: Tensor) -> None:
+        """A PNG of sampled images (N, C, H, W) in [-1, 1]."""
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        save_grid(images, folder / f"step_{step:07d}.png")
+
+    def curves(self) -> None:
+        """`loss.png` of all rows so far."""
+        save_loss_curves(self.metrics, self.folder / "loss.png")
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if self.events is not None:
+            self.events.close()

@@ -1,0 +1,50 @@
+"""Grids, animations and curves, read back from the files."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from errors import RunFailed
+from pictures import save_gif, save_grid, save_loss_curves
+
+
+def test_a_grid_shows_every_image_in_its_place_enlarged(tmp_path):
+    images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(5, 3, 8, 8)
+    save_grid(images, tmp_path / "grid.png")
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert pixels.shape == ((2 * 9 + 1) * 8, (3 * 9 + 1) * 8, 3)  # 3 columns, a pixel of frame, 8 times enlarged
+    for i, expected in enumerate([0, 64, 128, 191, 255]):
+        row, column = divmod(i, 3)
+        assert pixels[8 * (9 * row + 5), 8 * (9 * column + 5)].tolist() == pytest.approx([expected] * 3, abs=1)
+
+
+def test_images_that_are_not_finite_are_not_drawn(tmp_path):
+    images = torch.zeros(2, 1, 8, 8)
+    images[1, 0, 3, 3] = float("nan")
+    with pytest.raises(RunFailed, match="not finite"):
+        save_grid(images, tmp_path / "grid.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_animation_has_its_frames(tmp_path):
+    frames = [torch.full((4, 3, 8, 8), value) for value in (-1.0, 0.0, 1.0)]
+    save_gif(frames, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 3
+        centres = []
+        for i in range(3):
+            gif.seek(i)
+            centres.append(gif.convert("L").getpixel((40, 40)))
+    assert centres == pytest.approx([0, 128, 255], abs=3)
+
+
+def test_curves_take_gaps_in_the_held_out_column(tmp_path):
+    with open(tmp_path / "metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["step", "images", "loss", "held_out_loss"], [1, 8, 0.5, ""], [2, 16, 0.4, 0.45]])
+    save_loss_curves(tmp_path / "metrics.csv", tmp_path / "loss.png")
+    pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10  # two coloured curves, not a blank page
