@@ -41,9 +41,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def save_model(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write weights and, in the file's metadata, the config to rebuild their model from."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "config": json.dumps(config, sort_keys=True)}
+    # one entry: safetensors writes several in an order that changes from process to process
+    metadata = json.dumps({"format_version": FORMAT_VERSION, "config": config}, sort_keys=True)
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata)
+        safetensors.torch.save_file(tensors, temporary, {FORMAT: metadata})
 
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -60,13 +61,14 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: not a model of this project (its metadata lacks format={FORMAT})")
-    _check_version(path, metadata.get("format_version"))
+    if FORMAT not in metadata:
+        raise UserError(f"{path}: not a model of this project (its metadata lacks {FORMAT!r})")
     try:
-        return tensors, json.loads(metadata["config"])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: its metadata has no readable config ({error})") from error
+        about = json.loads(metadata[FORMAT])
+        _check_version(path, about["format_version"])
+        return tensors, about["config"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its metadata is not readable ({error})") from error
 
 
 def save_resume(path: Path, state: dict[str, Any]) -> None:
@@ -91,7 +93,7 @@ def read_resume(path: Path) -> dict[str, Any]:
 
 
 def _check_version(path: Path, version: object) -> None:
-    if str(version) != str(FORMAT_VERSION):
+    if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, this program reads version {FORMAT_VERSION}")
 
 

@@ -51,6 +51,19 @@ def test_model_file_gives_back_what_was_saved_and_is_plain_safetensors(model_fil
     assert torch.equal(safetensors.torch.load_file(model_file)["a"], TENSORS["a"])
 
 
+def test_the_same_model_is_the_same_bytes_in_any_process(model_file, tmp_path):
+    """Rust's hash maps, in which safetensors keeps its metadata, are ordered by a seed of each process."""
+    code = (
+        "import sys, torch; from pathlib import Path; from checkpoint import save_model; "
+        "tensors = {'a': torch.arange(6.0).view(2, 3), 'b': torch.ones(2, dtype=torch.int64)}; "
+        f"save_model(Path(sys.argv[1]), tensors, {CONFIG})"
+    )
+    for i in range(3):
+        path = tmp_path / f"{i}.safetensors"
+        subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+        assert path.read_bytes() == model_file.read_bytes()
+
+
 def test_channels_last_weights_survive(tmp_path):
     weight = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
     save_model(tmp_path / "m.safetensors", {"w": weight}, CONFIG)
@@ -96,8 +109,7 @@ def test_a_missing_file_is_refused_by_name(read, tmp_path):
 def test_foreign_and_future_files_are_refused(tmp_path):
     foreign, future = tmp_path / "foreign.safetensors", tmp_path / "future.safetensors"
     safetensors.torch.save_file(TENSORS, foreign)
-    metadata = {"format": "liquid-diffusion", "format_version": "99", "config": "{}"}
-    safetensors.torch.save_file(TENSORS, future, metadata)
+    safetensors.torch.save_file(TENSORS, future, {"liquid-diffusion": '{"format_version": 99, "config": {}}'})
     with pytest.raises(UserError, match="not a model of this project"):
         read_model(foreign)
     with pytest.raises(UserError, match="99"):
@@ -158,7 +170,7 @@ def test_reading_a_model_needs_no_other_module_of_the_project(model_file):
     """A checkpoint can be read by its format alone: the file is safetensors with JSON in its metadata."""
     code = (
         "import json, sys, safetensors; f = safetensors.safe_open(sys.argv[1], 'pt'); "
-        "print(json.loads(f.metadata()['config'])['model'], sorted(f.keys()))"
+        "print(json.loads(f.metadata()['liquid-diffusion'])['config']['model'], sorted(f.keys()))"
     )
     out = subprocess.run([sys.executable, "-c", code, str(model_file)], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "true ['a', 'b']"
