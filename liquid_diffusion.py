@@ -55,6 +55,24 @@ class TimeEmbedding(nn.Module):
         return F.silu(embedding)
 
 
+class InputConv(nn.Module):
+    """Layer normalisation (over C, H, W), then a depthwise-separable 3x3 convolution, the `W_in` of a cell.
+
+    forward(x (B, in_channels, H, W)) -> (B, out_channels, H, W).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(1, in_channels, affine=False)  # an affine map would only repeat the next layer's
+        self.depthwise = nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
+        with torch.no_grad():
+            self.depthwise.weight[:, :, 1, 1] += 1  # starts near the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(self.norm(x)))
+
+
 class RealLiquidCell(nn.Module):
     """A convolutional liquid cell: integrates the ODE above over `horizon` in `num_steps` steps.
 
@@ -86,8 +104,7 @@ class RealLiquidCell(nn.Module):
         self.horizon = horizon
         self.activation = ACTIVATIONS[activation]
         self.set_solver(solver, num_steps)
-        self.norm = nn.GroupNorm(1, in_channels, affine=False)  # an affine map would only repeat the next layer's
-        self.input = nn.Conv2d(in_channels, 2 * channels, 1)  # drive and tau's logit
+        self.input = InputConv(in_channels, 2 * channels)  # drive and tau's logit
         self.time = nn.Linear(embedding_dim, 2 * channels, bias=False)
         self.recurrent = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         nn.init.orthogonal_(self.recurrent.weight, gain=0.8)  # a contraction: the state settles before training
@@ -102,7 +119,7 @@ class RealLiquidCell(nn.Module):
 
     def drive_and_tau(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, in_channels, H, W), embedding (B, embedding_dim) -> drive and tau, each (B, channels, H, W)."""
-        mixed = self.input(self.norm(x)) + self.time(embedding)[:, :, None, None]
+        mixed = self.input(x) + self.time(embedding)[:, :, None, None]
         drive, logit = mixed.chunk(2, dim=1)
         return drive, self.tau_min + (self.tau_max - self.tau_min) * torch.sigmoid(logit)
 
@@ -212,7 +229,7 @@ class TrueLiquidDiffusionModel(nn.Module):
         self,
         in_channels: int = 3,
         num_classes: int = 0,
-        channels: Sequence[int] = (16, 32, 32),
+        channels: Sequence[int] = (24, 28, 28),
         embedding_dim: int = 32,
         ode_steps: Sequence[int] = (3, 5, 7),
         solver: str = "euler",

@@ -88,7 +88,7 @@ def test_exponential_without_recurrence_is_the_closed_form():
 def test_state_is_bounded_for_any_weights_and_horizon(solver):
     cell = make_cell(solver=solver, horizon=1e4)
     torch.nn.init.normal_(cell.recurrent.weight, std=1e3)
-    torch.nn.init.normal_(cell.input.weight, std=1e3)
+    torch.nn.init.normal_(cell.input.pointwise.weight, std=1e3)
     x, embedding, _ = make_inputs()
     h = torch.rand(2, 4, 6, 6) * 2 - 1
     assert cell(x, embedding, h).abs().max() <= 1
@@ -145,7 +145,7 @@ def test_tau_has_a_gradient_at_both_bounds():
 def test_no_state_is_a_state_of_zeros():
     model = make_model()
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 200])
-    zeros = tuple(torch.zeros(2, c, 16 // s, 16 // s) for c, s in ((32, 4), (32, 2), (16, 1)))
+    zeros = tuple(torch.zeros(2, c, 16 // s, 16 // s) for c, s in ((28, 4), (28, 2), (24, 1)))
     output, state = model(x, t, None, return_state=True)
     output_from_zeros, state_from_zeros = model(x, t, zeros, return_state=True)
     assert torch.equal(output, output_from_zeros)
@@ -175,11 +175,11 @@ def test_one_pixel_acts_near_and_through_the_slow_cells_far():
     x, t = torch.randn(1, 3, 64, 64), torch.tensor([100])
     # the normalisation couples all pixels by their mean and deviation; without it what is left is the coupling we test
     for cell in model.processor.cells.values():
-        cell.norm = torch.nn.Identity()
+        cell.input.norm = torch.nn.Identity()
     touched = x.clone()
     touched[0, :, 32, 32] += 1
     change = (model(touched, t) - model(x, t)).abs().amax(1)[0]
-    reach_of_detail_cell = 1 + 6 + 1  # stem, six recurrent convolutions, head
+    reach_of_detail_cell = 1 + 1 + 6 + 1  # stem, W_in, six recurrent convolutions, head
     assert change[32, 32] > 1e-2
     assert change[32, 32 + reach_of_detail_cell + 4] > 1e-9
     assert change[32, 32] > 10 * change[32, 32 + reach_of_detail_cell]
@@ -194,8 +194,8 @@ def test_tau_and_the_steps_do_work():
     one_step.load_state_dict(model.state_dict())
     assert (one_step(x, t) - output).abs().max() > 1e-2
     for cell in model.processor.cells.values():  # the tau rows' weights at zero: tau no longer depends on x and t
-        half = cell.input.out_channels // 2
-        torch.nn.init.zeros_(cell.input.weight[half:])
+        half = cell.input.pointwise.out_channels // 2
+        torch.nn.init.zeros_(cell.input.pointwise.weight[half:])
         torch.nn.init.zeros_(cell.time.weight[half:])
     assert (model(x, t) - output).abs().max() > 1e-2
 

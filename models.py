@@ -1,0 +1,61 @@
+"""Every architecture by its name: the only place that knows them all."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkpoint import read_model
+from diffusion import DDPMScheduler
+from errors import UserError
+from liquid_diffusion import TrueLiquidDiffusionModel
+from liquid_diffusion_inspired import InspiredDiffusionModel
+from unet_reference import UNetReference
+
+MODELS = {"true": TrueLiquidDiffusionModel, "inspired": InspiredDiffusionModel, "unet": UNetReference}
+
+
+def build_model(name: str, **config) -> nn.Module:
+    """The network `name`, built with its own keyword arguments; all are called as model(x, t, state, labels=...).
+
+    Raises UserError for an unknown name or a keyword argument that the architecture does not have.
+    """
+    if name not in MODELS:
+        raise UserError(f"model: must be one of {', '.join(MODELS)}, got {name!r}")
+    try:
+        return MODELS[name](**config)
+    except TypeError as error:
+        raise UserError(f"model {name!r} cannot be built from {config}: {error}") from error
+
+
+def load_model(path: Path) -> tuple[nn.Module, DDPMScheduler, dict[str, Any]]:
+    """(model, its scheduler, its config) of a run folder or `model.safetensors`, from the file's own metadata.
+
+    The config has `model`, `model_config`, `timesteps`, `schedule`, `prediction_type`, `dataset`, `shape` and
+    `classes`. Raises UserError, naming the file, if it is unreadable or its weights do not fit its config.
+    """
+    tensors, config = read_model(path)
+    try:
+        model = build_model(config["model"], **config["model_config"])
+        model.load_state_dict(tensors)
+        scheduler = DDPMScheduler(config["timesteps"], config["schedule"], config["prediction_type"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}: its weights do not fit its config ({reason})") from error
+    return model.eval(), scheduler, config
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def multiply_adds(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Multiply-adds of one forward pass for one image of shape (C, H, W), every ODE step counted."""
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device))
+    return counter.get_total_flops() // 2
