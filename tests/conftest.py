@@ -1,0 +1,41 @@
+"""Runs of the real commands, from the shell's point of view."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# one thread a process: the runs are small, and several tests may run at once
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+TINY = ["--dataset", "digits", "--batch-size", "16", "--precision", "fp32", "--log-every", "5"]
+
+
+def run_command(script: str, *arguments, **environment) -> subprocess.CompletedProcess:
+    """Run a command to its end, in any current folder; its output as text."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | environment, timeout=300)
+
+
+def train_tiny(output_dir: Path, *arguments) -> Path:
+    """Train on digits for a few steps; the run folder."""
+    done = run_command("train.py", *TINY, "--output-dir", output_dir, *arguments)
+    assert done.returncode == 0, done.stderr
+    return sorted(output_dir.iterdir())[-1]
+
+
+def refused(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> None:
+    """Check an exit code, and one line on stderr that has all the words; only a progress bar may stand before it."""
+    assert done.returncode == code, done.stderr
+    *bar, line = done.stderr.strip().splitlines()
+    assert all("img" in part for part in bar), done.stderr
+    for word in words:
+        assert word in line
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory) -> Path:
+    """60 uninterrupted steps, in a folder of their own."""
+    return train_tiny(tmp_path_factory.mktemp("whole"), "--steps", 60, "--sample-every", 40, "--save-every", 7)

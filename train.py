@@ -1,0 +1,132 @@
+"""Train one diffusion model into a run folder.
+
+python train.py                                        # CIFAR-10, the true liquid model, 3 epochs
+python train.py --model inspired                       # the same run with the plain CNN
+python train.py --dataset digits --minutes 2 --batch-size 64
+python train.py --resume                               # go on with the latest run
+torchrun --nproc-per-node=2 train.py                   # the same run in two processes
+"""
+
+from dataclasses import fields
+from pathlib import Path
+
+from checkpoint import read_config, run_folders
+from command_line import Parser, integer, number, run
+from diffusion import PREDICTION_TYPES, SCHEDULES
+from errors import UserError
+from hardware import DEVICES, PRECISIONS
+from image_data import DATASETS
+from liquid_diffusion import STEP_SHARE
+from models import MODELS
+from training import TrainConfig, train
+
+# what a resumed run may change: how long, where and how loudly, not what is learned from what
+CHANGEABLE = {
+    *("epochs", "steps", "minutes", "device", "compile", "log_every", "sample_every", "save_every", "tensorboard"),
+    *("data_dir", "output_dir"),
+}
+BUDGET = {"epochs", "steps", "minutes"}
+
+
+def parser() -> Parser:
+    """All flags, with the defaults of TrainConfig."""
+    default = {f.name: f.default for f in fields(TrainConfig)}
+    p = Parser(prog="train.py", description="Train one diffusion model into a run folder.")
+    p.add_argument("--model", choices=list(MODELS), default=default["model"], help="the denoiser")
+    p.add_argument("--solver", choices=list(STEP_SHARE), default="euler", help="ODE steps of the true liquid model")
+    p.add_argument("--dataset", choices=DATASETS, default=default["dataset"], help="what to learn")
+    p.add_argument("--data-dir", default=default["data_dir"], help="where data sets are kept; the images of `folder`")
+    p.add_argument("--image-size", type=integer(4), help="resize to this side (default: the set's own; folder: 32)")
+    p.add_argument("--output-dir", default=default["output_dir"], help="where the run's new folder is made")
+    budget = p.add_mutually_exclusive_group()
+    budget.add_argument("--epochs", type=number(0), default=default["epochs"], help="length, in passes over the set")
+    budget.add_argument("--steps", type=integer(1), help="length, in optimizer steps")
+    budget.add_argument("--minutes", type=number(0), help="length, in minutes of wall time")
+    p.add_argument("--batch-size", type=integer(1), default=default["batch_size"], help="images a step, all processes")
+    p.add_argument("--lr", type=number(0), default=default["lr"], help="peak learning rate of AdamW")
+    p.add_argument("--timesteps", type=integer(2), default=default["timesteps"], help="diffusion steps T")
+    p.add_argument("--schedule", choices=SCHEDULES, default=default["schedule"], help="noise schedule")
+    p.add_argument(
+        "--prediction-type", choices=PREDICTION_TYPES, default=default["prediction_type"], help="what the network gives"
+    )
+    p.add_argument("--class-conditional", action="store_true", help="learn classes, to draw with `sample.py --classes`")
+    p.add_argument(
+        "--ema-decay",
+        type=number(0, 1, low_included=True),
+        default=default["ema_decay"],
+        help="moving average of weights",
+    )
+    p.add_argument("--seed", type=integer(0), default=default["seed"], help="of weights, batches and noise")
+    p.add_argument("--device", choices=DEVICES, default=default["device"], help="auto: cuda, else mps, else cpu")
+    p.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=default["precision"],
+        help="auto: bf16 where it is measured to be faster",
+    )
+    p.add_argument("--compile", action="store_true", help="torch.compile the network; pays in long runs")
+    p.add_argument("--log-every", type=integer(1), default=default["log_every"], help="steps between log lines")
+    p.add_argument(
+        "--sample-every",
+        type=integer(1),
+        default=default["sample_every"],
+        help="steps between grids and held-out losses",
+    )
+    p.add_argument("--save-every", type=integer(1), default=default["save_every"], help="steps between saves")
+    p.add_argument("--tensorboard", action="store_true", help="write TensorBoard events beside metrics.csv")
+    p.add_argument(
+        "--resume", nargs="?", const="latest", metavar="RUN", help="go on with a run folder (default: the latest)"
+    )
+    p.add_argument("--dry-run", action="store_true", help="load the data, print what would run, and write nothing")
+    return p
+
+
+def main() -> None:
+    """Parse, check, train."""
+    p = parser()
+    values = vars(p.parse_args())
+    given = p.given()
+    resume, dry_run = values.pop("resume"), values.pop("dry_run")
+    if "solver" in given and values["model"] != "true" and resume is None:
+        raise UserError(f"--solver: only the true model has an ODE, got --model {values['model']}")
+    solver = values.pop("solver")
+    if resume is None:
+        if BUDGET & given.keys() - {"epochs"}:
+            values["epochs"] = None
+        if values["model"] == "true":
+            values["model_config"] = {"solver": solver}
+        config, folder = TrainConfig(**values), None
+    else:
+        config, folder = resumed(given, Path(values["output_dir"]))
+    finished = train(config, resume=folder, dry_run=dry_run)
+    if finished is not None:
+        print(f"done: {finished}\ndraw from it: python sample.py --checkpoint {finished}")
+
+
+def resumed(given: dict, output_dir: Path) -> tuple[TrainConfig, Path]:
+    """The config and folder of the run to go on with. Raises UserError for a flag that would make it another run."""
+    if given["resume"] == "latest":
+        folders = run_folders(output_dir)
+        if not folders:
+            raise UserError(f"--resume: no runs in {output_dir}")
+        folder = folders[-1]
+    else:
+        folder = Path(given["resume"])
+    try:
+        saved = TrainConfig(**read_config(folder)["train"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'}: not the config of a run ({error})") from None
+    before = vars(saved) | {"solver": saved.model_config.get("solver")}
+    same = {"resume", "dry_run"} | ({"precision"} if given.get("precision") == "auto" else set())
+    for name in given.keys() - CHANGEABLE - same:
+        if given[name] != before[name]:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: {given[name]} contradicts --resume: {folder} was started with {before[name]}")
+    changes = {name: value for name, value in given.items() if name in CHANGEABLE}
+    if BUDGET & changes.keys():
+        changes = dict.fromkeys(BUDGET) | changes
+    return TrainConfig(**{**vars(saved), **changes}), folder
+
+
+if __name__ == "__main__":
+    run("train.py", main)

@@ -1,0 +1,352 @@
+"""The training loop: `train(config)` trains one model into a run folder and returns the folder.
+
+A step takes batch number `step`, noises it, predicts, and moves the weights along the gradient of the loss. Batches,
+noise and learning rate are pure functions of the config and the step, so a resumed run ends with the same weights.
+"""
+
+import copy
+import math
+import os
+import platform
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+import checkpoint
+from command_line import stop_signals
+from diffusion import DDPMScheduler, sample_images
+from errors import RunFailed, UserError
+from hardware import Processes, choose_precision, join_processes
+from image_data import Batch, ImageData, held_out_bank, load_images, training_batch
+from models import build_model, count_parameters, multiply_adds
+from run_log import RunLog, tensorboard_writer
+
+WARM_UP_STEPS = 200
+FINAL_LR_SHARE = 0.02  # of the peak, where the cosine ends
+BETAS = (0.9, 0.99)
+WEIGHT_DECAY = 0.01
+GRADIENT_NORM = 1.0
+GRID_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run. The defaults are the mission's; `train.py --help` says what each one means."""
+
+    model: str = "true"
+    model_config: dict = field(default_factory=dict)  # further arguments of the architecture
+    class_conditional: bool = False
+    dataset: str = "cifar10"
+    data_dir: str = "data"
+    image_size: int | None = None
+    epochs: float | None = 3  # one of epochs, steps and minutes is not None
+    steps: int | None = None
+    minutes: float | None = None
+    batch_size: int = 8
+    lr: float = 4e-3
+    ema_decay: float = 0.999
+    timesteps: int = 400
+    schedule: str = "linear"
+    prediction_type: str = "edm"
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    compile: bool = False
+    output_dir: str = "runs"
+    log_every: int = 100
+    sample_every: int = 5000
+    save_every: int = 1000
+    tensorboard: bool = False
+
+    def total_steps(self, num_images: int) -> int | None:
+        """Optimizer steps of the run over `num_images`; None if it is bounded by minutes."""
+        if self.minutes is not None:
+            return None
+        return self.steps if self.steps is not None else max(1, math.ceil(self.epochs * num_images / self.batch_size))
+
+
+def learning_rate(peak: float, step: int, progress: float) -> float:
+    """Linear warm-up over the first steps, times a cosine from 1 to FINAL_LR_SHARE over the run's progress 0..1."""
+    cosine = FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * (1 + math.cos(math.pi * progress)) / 2
+    return peak * min(1, (step + 1) / WARM_UP_STEPS) * cosine
+
+
+def ema_decay(longest: float, step: int) -> float:
+    """The decay of the weights' moving average: short at first, so that a short run's average is of trained weights."""
+    return min(longest, (1 + step) / (10 + step))
+
+
+class State:
+    """What changes in a run, and what `checkpoint.pt` holds."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig):
+        self.model = model
+        self.ema = AveragedModel(
+            model,
+            multi_avg_fn=lambda average, now, _: torch._foreach_lerp_(
+                average, now, 1 - ema_decay(config.ema_decay, self.step)
+            ),
+        )
+        self.optimizer = torch.optim.AdamW(model.parameters(), config.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+        self.step = 0
+        self.seconds = 0.0
+        # since the last log line; the sum stays on the device, where adding to it does not wait for the step
+        self.loss_sum = torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
+        self.loss_steps = 0
+
+    def mean_loss(self, here: Processes, run: Path) -> float:
+        """The loss since the last log line, over all processes. Raises RunFailed if it or a weight is not finite."""
+        loss = here.total(self.loss_sum).item() / self.loss_steps
+        if not math.isfinite(loss) or not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            safe = "nothing was saved yet"
+            if (run / checkpoint.RESUME_FILE).exists():
+                safe = f"the files in {run} are those of the last save"
+            raise RunFailed(f"the loss is {loss} and the weights diverge at step {self.step}; {safe}; try a lower --lr")
+        return loss
+
+    def reset_loss(self) -> None:
+        """Start the next log line's mean."""
+        self.loss_sum.zero_()
+        self.loss_steps = 0
+
+    def dump(self, here: Processes) -> dict:
+        """Tensors and plain values; losses are summed over the processes, so that any number of them can go on."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss_sum": here.total(self.loss_sum),
+            "loss_steps": self.loss_steps,
+        }
+
+    def restore(self, path: Path, here: Processes) -> None:
+        """Go on from what `dump` gave. Raises UserError, naming the file, if it is not a checkpoint of this model."""
+        saved = checkpoint.read_resume(path)
+        try:
+            for part in ("model", "ema", "optimizer"):
+                getattr(self, part).load_state_dict(saved[part])
+            self.step, self.seconds, self.loss_steps = saved["step"], saved["seconds"], saved["loss_steps"]
+            if here.is_main:
+                self.loss_sum.copy_(saved["loss_sum"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{path}: does not fit the config.json beside it ({reason})") from error
+
+
+def train(config: TrainConfig, *, resume: Path | None = None, dry_run: bool = False) -> Path | None:
+    """Train one model; returns its run folder, or None after a dry run, which does all but the training.
+
+    resume: the run folder to go on with; `config` is then that run's own, save for budget, device and the like.
+    Raises UserError for what the user can mend, RunFailed if the run fails, KeyboardInterrupt once it is saved.
+    """
+    if config.tensorboard:
+        tensorboard_writer()  # fail before the data is read, not after
+    with join_processes(config.device) as here:
+        if config.batch_size < here.world_size:
+            raise UserError(f"--batch-size: must be at least the {here.world_size} processes, got {config.batch_size}")
+        if here.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same bytes
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        with here.main_first():
+            data = load_images(config.dataset, config.data_dir, config.image_size).to(here.device)
+        if config.class_conditional and len(data.classes) < 2:
+            raise UserError(f"--class-conditional: {config.data_dir} has no classes to tell apart")
+        scheduler = DDPMScheduler(config.timesteps, config.schedule, config.prediction_type)
+        rebuild = {
+            "model": config.model,
+            "model_config": {
+                "in_channels": data.shape[0],
+                "num_classes": len(data.classes) if config.class_conditional else 0,
+                **config.model_config,
+            },
+            **{key: getattr(config, key) for key in ("timesteps", "schedule", "prediction_type", "dataset")},
+            "shape": list(data.shape),
+            "classes": list(data.classes),
+        }
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, **rebuild["model_config"])
+        model.to(here.device, memory_format=torch.channels_last)
+        if config.precision == "auto":
+            config = replace(config, precision=measured_precision(model, scheduler, data, config, here))
+        state = State(model, config)
+        if resume is not None:
+            state.restore(resume / checkpoint.RESUME_FILE, here)
+
+        run = resume or checkpoint.next_run_folder(Path(config.output_dir), f"{config.model}-{config.dataset}")
+        if here.is_main:
+            if resume is None and not dry_run:
+                run = checkpoint.make_run_folder(run.parent, f"{config.model}-{config.dataset}")
+            print(description(config, data, model, here, run), flush=True)
+        if dry_run:
+            return None
+        try:
+            if here.is_main:
+                versions = {"python": platform.python_version(), "torch": torch.__version__}
+                record = {"train": asdict(config), "model": rebuild, "versions": versions, "command": sys.argv}
+                checkpoint.save_json(run / checkpoint.CONFIG_FILE, record)
+            finished = loop(config, data, scheduler, state, here, run, rebuild)
+        except OSError as error:
+            raise RunFailed(f"cannot write ({error}); the files in {run} are those of the last save") from error
+        if not finished:
+            saved = (run / checkpoint.RESUME_FILE).exists()
+            raise KeyboardInterrupt(f"step {state.step} is saved; go on with --resume {run}" if saved else "at step 0")
+        return run
+
+
+def loop(
+    config: TrainConfig,
+    data: ImageData,
+    scheduler: DDPMScheduler,
+    state: State,
+    here: Processes,
+    run: Path,
+    rebuild: dict,
+) -> bool:
+    """Train `state` until its budget is spent (True) or a signal comes (False). Only the main process writes."""
+    network = torch.compile(state.model) if config.compile else state.model
+    if here.world_size > 1:
+        network = DistributedDataParallel(network, broadcast_buffers=False)
+    bank = held_out_bank(data, config.timesteps)
+    total_steps = config.total_steps(len(data.train))
+    first_step, started, lr = state.step, time.monotonic() - state.seconds, 0.0
+    with stop_signals() as received, ExitStack() as stack:
+        if here.is_main:
+            log = stack.enter_context(RunLog(run, step=state.step, tensorboard=config.tensorboard))
+            bar = stack.enter_context(progress_bar(config, total_steps, state.step))
+        while True:
+            stop, state.seconds = here.agree(float(bool(received)), time.monotonic() - started)
+            progress = state.step / total_steps if total_steps else state.seconds / (60 * config.minutes)
+            done = progress >= 1
+            if state.step > first_step:
+                log_due, sample_due, save_due = (
+                    done or state.step % every == 0
+                    for every in (config.log_every, config.sample_every, config.save_every)
+                )
+                if log_due or sample_due or save_due or stop:
+                    mean_loss = state.mean_loss(here, run)
+                if log_due or sample_due:
+                    state.reset_loss()
+                    if here.is_main:
+                        images = state.step * config.batch_size
+                        row = {"images": images, "seconds": state.seconds, "loss": mean_loss, "lr": lr}
+                        if sample_due:
+                            row["held_out_loss"] = held_out_loss(state.ema.module, scheduler, bank)
+                            log.grid(state.step, sample_grid(state.ema.module, scheduler, data))
+                        log.row(state.step, **row)
+                        bar.total = round(images / progress)  # a run of so many minutes learns its length as it goes
+                        bar.set_postfix(loss=f"{mean_loss:.4f}")
+                if save_due or stop:
+                    dump = state.dump(here)
+                    if here.is_main:
+                        checkpoint.save_resume(run / checkpoint.RESUME_FILE, dump)
+                        checkpoint.save_model(run / checkpoint.MODEL_FILE, state.ema.module.state_dict(), rebuild)
+            if done or stop:
+                if here.is_main:
+                    log.curves()
+                return done
+
+            batch = training_batch(
+                data,
+                seed=config.seed,
+                number=state.step,
+                batch_size=config.batch_size,
+                num_timesteps=config.timesteps,
+                device=here.device,
+                rank=here.rank,
+                world_size=here.world_size,
+            )
+            # DistributedDataParallel averages over the processes: scaled so, the average is the global batch's mean
+            loss = backward(network, scheduler, batch, config, here.world_size / config.batch_size)
+            nn.utils.clip_grad_norm_(state.model.parameters(), GRADIENT_NORM)
+            lr = learning_rate(config.lr, state.step, progress)
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            state.ema.update_parameters(state.model)
+            state.loss_sum += loss / here.world_size
+            state.loss_steps += 1
+            state.step += 1
+            if here.is_main:
+                bar.update(config.batch_size)
+
+
+def backward(network: nn.Module, scheduler: DDPMScheduler, batch: Batch, config: TrainConfig, scale: float) -> Tensor:
+    """Add the gradient of the batch's summed loss times `scale`; returns that loss."""
+    condition = {"labels": batch.labels} if config.class_conditional else {}
+    with torch.autocast(batch.x_0.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        loss = scheduler.loss(network, batch.x_0, batch.t, batch.eps, **condition).sum() * scale
+    loss.backward()
+    return loss.detach()
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, scheduler: DDPMScheduler, bank: Batch, chunk: int = 250) -> float:
+    """Held-out eps-MSE: float32, mean over the frozen bank. A model with classes is told each image's class."""
+    device = next(model.parameters()).device
+    losses = []
+    for part in zip(*(values.split(chunk) for values in vars(bank).values()), strict=True):
+        x_0, t, eps, labels = (values.to(device) for values in part)
+        condition = {"labels": labels} if model.num_classes else {}
+        losses.append(scheduler.loss(model, x_0, t, eps, **condition))
+    return torch.cat(losses).double().mean().item()
+
+
+def sample_grid(model: nn.Module, scheduler: DDPMScheduler, data: ImageData) -> Tensor:
+    """Images to look at while training, always from the same noise; the classes take turns."""
+    labels = torch.arange(GRID_IMAGES) % model.num_classes if model.num_classes else None
+    steps = min(50, scheduler.num_timesteps)
+    return sample_images(model, scheduler, data.shape, GRID_IMAGES, steps=steps, labels=labels)
+
+
+def measured_precision(
+    model: nn.Module, scheduler: DDPMScheduler, data: ImageData, config: TrainConfig, here: Processes
+) -> str:
+    """The faster precision for this model and batch size here, as the main process measures it, on a copy."""
+    if not here.is_main:
+        return ("fp32", "bf16")[int(here.agree(0)[0])]
+    trial = copy.deepcopy(model)
+    size = config.batch_size // here.world_size
+    batch = training_batch(data, seed=0, number=0, batch_size=size, num_timesteps=config.timesteps, device=here.device)
+    choice = choose_precision(
+        here.device, lambda precision: backward(trial, scheduler, batch, replace(config, precision=precision), 1 / size)
+    )
+    here.agree(float(choice == "bf16"))
+    return choice
+
+
+def description(config: TrainConfig, data: ImageData, model: nn.Module, here: Processes, run: Path) -> str:
+    """What is about to run, a line each."""
+    where = here.device.type if here.world_size == 1 else f"{here.world_size} x {here.device.type}"
+    if here.device.type == "cpu":
+        where += f", {torch.get_num_threads()} threads"
+    shape = "x".join(map(str, data.shape))
+    steps = config.total_steps(len(data.train))
+    budget = f"{config.minutes:g} minutes" if steps is None else f"{steps:,} steps"
+    macs = multiply_adds(model, data.shape)
+    return "\n".join(
+        [
+            f"device   {where}, {config.precision}",
+            f"model    {config.model}: {count_parameters(model):,} parameters, {macs:,} multiply-adds a forward pass",
+            f"data     {config.dataset}: {len(data.train):,} images {shape}, {len(data.held_out):,} held out",
+            f"budget   {budget} of {config.batch_size} images, seed {config.seed}",
+            f"output   {run}",
+        ]
+    )
+
+
+def progress_bar(config: TrainConfig, total_steps: int | None, step: int) -> tqdm:
+    """Images seen, images a second, time left and, after the first log line, the loss."""
+    total = total_steps and total_steps * config.batch_size
+    name = config.model if total else f"{config.model}, {config.minutes:g} min"
+    return tqdm(desc=name, total=total, initial=step * config.batch_size, unit="img", mininterval=0.5)
