@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import command_line
+
 ROOT = Path(__file__).resolve().parent.parent
 # one thread a process: the runs are small, and several tests may run at once
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -33,6 +35,17 @@ def refused(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> No
     assert all("img" in part for part in bar), done.stderr
     for word in words:
         assert word in line
+
+
+def main_refuses(prog: str, main, arguments: list, monkeypatch, capsys) -> str:
+    """The one line with which a command refuses its arguments; in this process, which saves the start of another."""
+    monkeypatch.setattr(sys, "argv", [prog, *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        command_line.run(prog, main)
+    error = capsys.readouterr().err
+    assert left.value.code == 2
+    assert error.startswith(f"{prog}: error: ") and error.count("\n") == 1
+    return error
 
 
 @pytest.fixture(scope="session")

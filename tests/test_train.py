@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, TINY, refused, run_command, train_tiny
+from conftest import ENVIRONMENT, ROOT, TINY, main_refuses, refused, run_command, train_tiny
 from PIL import Image
 
-import command_line
 import train
 from checkpoint import read_model, read_resume
 
@@ -96,27 +95,18 @@ def test_an_interrupted_run_goes_on_bit_for_bit(number, tmp_path):
     assert [[row[c] for c in columns] for row in rows(whole)] == [[row[c] for c in columns] for row in rows(part)]
 
 
-def main_refuses(arguments: list, monkeypatch, capsys) -> str:
-    """The one line with which `train.py` refuses its arguments, in this process: it starts none of its own."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        command_line.run("train.py", train.main)
-    error = capsys.readouterr().err
-    assert left.value.code == 2
-    assert error.startswith("train.py: error: ") and error.count("\n") == 1
-    return error
-
-
 def test_resume_takes_another_budget_and_refuses_another_run(tmp_path, monkeypatch, capsys):
     run = train_tiny(tmp_path, "--steps", 10)
     done = run_command("train.py", "--resume", run, "--steps", 15)
     assert done.returncode == 0, done.stderr
     assert read_resume(run / "checkpoint.pt")["step"] == 15
     for flag, value in (("--model", "inspired"), ("--seed", "7"), ("--batch-size", "4"), ("--solver", "exponential")):
-        error = main_refuses(["--resume", run, flag, value], monkeypatch, capsys)
+        error = main_refuses("train.py", train.main, ["--resume", run, flag, value], monkeypatch, capsys)
         assert flag in error and value in error
-    assert "--resume" in main_refuses(["--resume", "--output-dir", tmp_path / "none"], monkeypatch, capsys)
-    assert "config.json" in main_refuses(["--resume", tmp_path], monkeypatch, capsys)
+    assert "--resume" in main_refuses(
+        "train.py", train.main, ["--resume", "--output-dir", tmp_path / "none"], monkeypatch, capsys
+    )
+    assert "config.json" in main_refuses("train.py", train.main, ["--resume", tmp_path], monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("processes, batch_size", [(2, 16), (3, 10)])
@@ -202,7 +192,7 @@ BAD_FLAGS = [
 
 @pytest.mark.parametrize("flag, value", BAD_FLAGS)
 def test_a_bad_value_is_refused_by_its_flag(flag, value, monkeypatch, capsys):
-    error = main_refuses(["--dataset", "digits", flag, value], monkeypatch, capsys)
+    error = main_refuses("train.py", train.main, ["--dataset", "digits", flag, value], monkeypatch, capsys)
     assert flag in error and value in error
 
 
@@ -223,7 +213,7 @@ def test_contradictions_and_bad_places_are_refused(tmp_path, monkeypatch, capsys
     if not torch.cuda.is_available():
         cases.append((["--device", "cuda"], ["--device", "cuda"]))
     for arguments, words in cases:
-        error = main_refuses(arguments, monkeypatch, capsys)
+        error = main_refuses("train.py", train.main, arguments, monkeypatch, capsys)
         assert all(word in error for word in words), error
 
 

@@ -1,0 +1,138 @@
+"""The loop's pure functions, what a short run learns, and the precision that a machine is given."""
+
+import time
+
+import pytest
+import torch
+
+from checkpoint import read_resume
+from diffusion import DDPMScheduler
+from errors import UserError
+from hardware import choose_device, choose_precision
+from image_data import Batch, ImageData, held_out_bank, load_images, to_float
+from models import load_model
+from training import TrainConfig, ema_decay, held_out_loss, learning_rate, train
+
+
+def wiener_loss(data: ImageData, scheduler: DDPMScheduler, bank: Batch) -> float:
+    """Eps-MSE of the best linear denoiser, in closed form, from the set's mean and covariance."""
+    images = to_float(data.train).flatten(1).double()
+    variances, basis = torch.linalg.eigh(torch.cov(images.T))
+    x_t = scheduler.add_noise(bank.x_0.double(), bank.t, bank.eps.double()).flatten(1)
+    alpha, sigma = scheduler.alpha[bank.t][:, None], scheduler.sigma[bank.t][:, None]
+    centred = (x_t - alpha * images.mean(0)) @ basis
+    eps = (sigma / (alpha**2 * variances.clamp(min=0) + sigma**2) * centred) @ basis.T
+    return (eps - bank.eps.flatten(1)).square().mean().item()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny training on digits: half a minute on one core."""
+    folder = tmp_path_factory.mktemp("runs")
+    return train(
+        TrainConfig(
+            dataset="digits",
+            steps=1000,
+            epochs=None,
+            batch_size=32,
+            precision="fp32",
+            output_dir=str(folder),
+            sample_every=1000,
+            save_every=50,
+        )
+    )
+
+
+def test_a_short_run_beats_the_best_linear_denoiser(run):
+    data = load_images("digits", "unused")
+    model, scheduler, _ = load_model(run)
+    bank = held_out_bank(data, scheduler.num_timesteps)
+    assert held_out_loss(model, scheduler, bank) < 0.95 * wiener_loss(data, scheduler, bank)
+
+
+def test_the_saved_model_is_the_average_and_not_the_last_weights(run):
+    model, _, _ = load_model(run)
+    state = read_resume(run / "checkpoint.pt")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state["ema"][f"module.{name}"])
+    assert any(not torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
+
+
+def test_the_average_of_a_50_step_run_is_usable(tmp_path):
+    folder = train(
+        TrainConfig(
+            dataset="digits",
+            steps=50,
+            epochs=None,
+            batch_size=32,
+            precision="fp32",
+            output_dir=str(tmp_path),
+            save_every=50,
+        )
+    )
+    data = load_images("digits", "unused")
+    average, scheduler, _ = load_model(folder)
+    bank = held_out_bank(data, scheduler.num_timesteps)
+    last, _, _ = load_model(folder)
+    last.load_state_dict(read_resume(folder / "checkpoint.pt")["model"])
+    assert held_out_loss(average, scheduler, bank) < 1.1 * held_out_loss(last, scheduler, bank)
+
+
+def test_the_average_is_the_weighted_mean_of_the_weights():
+    """The decays' products are the weights of the mean, as a closed form: with (1 + n) / (10 + n) they fall as n^9."""
+    decays = [ema_decay(0.999, step) for step in range(1000)]
+    assert decays[0] == 0.1 and decays == sorted(decays)
+    assert ema_decay(0.999, 10**6) == 0.999
+    assert ema_decay(0.0, 10) == 0.0
+    weight_of_first = torch.tensor(decays[:50], dtype=torch.float64).prod().item()
+    assert weight_of_first < 1e-6
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    assert learning_rate(1.0, 0, 0.0) == pytest.approx(1 / 200)
+    assert learning_rate(1.0, 199, 0.0) == pytest.approx(1)
+    assert learning_rate(1.0, 10_000, 0.5) == pytest.approx(0.51)
+    assert learning_rate(1.0, 10_000, 1.0) == pytest.approx(0.02)
+
+
+def test_budget_in_epochs_and_steps_and_minutes():
+    assert TrainConfig().total_steps(50_000) == 18_750  # the mission: batch 8, 3 epochs
+    assert TrainConfig(epochs=None, steps=7).total_steps(50_000) == 7
+    assert TrainConfig(epochs=None, minutes=1.0).total_steps(50_000) is None
+    assert TrainConfig(epochs=0.5, batch_size=64).total_steps(100) == 1
+
+
+def test_held_out_loss_is_the_mean_over_the_bank_in_any_chunks():
+    data = load_images("digits", "unused")
+    scheduler = DDPMScheduler(400)
+    bank = held_out_bank(data, 400)
+    generator = torch.Generator().manual_seed(0)
+
+    class Network(torch.nn.Module):
+        num_classes = 0
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(1, 1, 3, 3, generator=generator))
+
+        def forward(self, x, t):
+            return torch.nn.functional.conv2d(x, self.weight, padding=1)
+
+    network = Network()
+    expected = scheduler.loss(network, bank.x_0, bank.t, bank.eps).double().mean().item()
+    assert held_out_loss(network, scheduler, bank, chunk=300) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("slow, choice", [("fp32", "bf16"), ("bf16", "fp32"), (None, "fp32")])
+def test_precision_is_the_one_that_is_faster_here(slow, choice):
+    def step(precision):
+        time.sleep(0.02 if precision == slow else 0.01)
+
+    assert choose_precision(torch.device("cpu"), step, rounds=2) == choice
+
+
+def test_a_device_that_is_not_there_is_named():
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+    missing = next((d for d in ("cuda", "mps") if choose_device("auto").type != d), None)
+    with pytest.raises(UserError, match=f"--device: {missing}"):
+        choose_device(missing)
