@@ -5,6 +5,7 @@ the old file or the new one and never a part. Nothing is unpickled: safetensors 
 with `weights_only=True`.
 """
 
+import io
 import json
 import os
 import re
@@ -44,7 +45,7 @@ def save_model(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -
     # one entry: safetensors writes several in an order that changes from process to process
     metadata = json.dumps({"format_version": FORMAT_VERSION, "config": config}, sort_keys=True)
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, {FORMAT: metadata})
+        temporary.write_bytes(safetensors.torch.save(tensors, {FORMAT: metadata}))
 
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -73,8 +74,10 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def save_resume(path: Path, state: dict[str, Any]) -> None:
     """Write what a run needs to go on: tensors and plain values only."""
+    buffer = io.BytesIO()  # torch.save into a file on a full disk raises what nobody would know for a full disk
+    torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **state}, buffer)
     with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **state}, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def read_resume(path: Path) -> dict[str, Any]:

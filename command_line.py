@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args([_hyphens(arg) for arg in (sys.argv[1:] if args is None else args)], namespace)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.removeprefix('argument ').split())}\n")
 
     def given(self, args: Sequence[str] | None = None) -> dict[str, object]:
         """Only the options that stand on the command line."""
@@ -47,8 +47,8 @@ def _hyphens(arg: str) -> str:
     return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
 
 
-def integer(minimum: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `minimum`."""
+def integer(minimum: int, maximum: int = 10**12) -> Callable[[str], int]:
+    """An argparse type: an integer from `minimum` to `maximum`."""
     kind = {0: "a non-negative integer", 1: "a positive integer"}.get(minimum, f"an integer of at least {minimum}")
 
     def parse(text: str) -> int:
@@ -56,24 +56,24 @@ def integer(minimum: int) -> Callable[[str], int]:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if not minimum <= value < 2**62:
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"must be at most {maximum}, got {text}")
+        if value < minimum:
             raise argparse.ArgumentTypeError(f"must be {kind}, got {text}")
         return value
 
     return parse
 
 
-def number(low: float, high: float = math.inf, *, low_included: bool = False) -> Callable[[str], float]:
-    """An argparse type: a finite number in (low, high), or [low, high) on request."""
-    kind = f"{'at least' if low_included else 'greater than'} {low:g}"
-    kind += f" and less than {high:g}" if high < math.inf else ""
+def number(kind: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    """An argparse type: a number that is `allowed`, described as `kind`; never one that is not finite."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (low < value < high or (low_included and value == low)):
+        if not math.isfinite(value) or not allowed(value):
             raise argparse.ArgumentTypeError(f"must be a number {kind}, got {text}")
         return value
 

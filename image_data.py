@@ -135,10 +135,12 @@ def _load_folder(root: Path, size: int):
     has_test = (root / "train").is_dir() and (root / "test").is_dir()
     roots = [root / "train", root / "test"] if has_test else [root]
     paths = [_image_paths(folder) for folder in roots]
-    classes = sorted({path.parent.name for split in paths for path in split})
+    # an image that lies in no folder of its own takes the name of the data set's, in both splits
+    names = [[(path.parent if path.parent not in roots else root.resolve()).name for path in split] for split in paths]
+    classes = sorted({name for split in names for name in split})
     splits = [
-        (_read_images(split, size), torch.tensor([classes.index(path.parent.name) for path in split]))
-        for split in paths
+        (_read_images(split, size), torch.tensor([classes.index(name) for name in split_names]))
+        for split, split_names in zip(paths, names, strict=True)
     ]
     return splits[0], splits[1] if has_test else None, classes
 

@@ -31,13 +31,20 @@ def parser() -> Parser:
     p.add_argument("--output", default="samples.png", metavar="PNG", help="the grid")
     p.add_argument("--gif", metavar="GIF", help="an animation of the denoising")
     p.add_argument("--sampler", choices=SAMPLERS, default="dpmpp", help="how to go from noise to image")
-    p.add_argument("--steps", type=integer(1), default=50, help="network calls an image")
-    p.add_argument("--eta", type=number(0, low_included=True), default=0.0, help="noise of ddim: 0 none, 1 as ddpm")
+    p.add_argument(
+        "--steps", type=integer(1), help="network calls an image (default: 50, or all timesteps of a model with fewer)"
+    )
+    p.add_argument(
+        "--eta", type=number("from 0 to 1", lambda v: 0 <= v <= 1), default=0.0, help="noise of ddim: 0 none, 1 as ddpm"
+    )
     p.add_argument("--seed", type=integer(0), default=0, help="image i follows from seed + i")
     p.add_argument("--batch-size", type=integer(1), default=64, help="images at once; does not change them")
     p.add_argument("--classes", help="names or numbers, comma-separated, taken in turns; for a class-conditional model")
     p.add_argument(
-        "--guidance", type=number(0, low_included=True), default=1.0, help="classifier-free guidance; 1 is none"
+        "--guidance",
+        type=number("of at least 0", lambda v: v >= 0),
+        default=1.0,
+        help="classifier-free guidance; 1 is none",
     )
     p.add_argument("--solver", choices=SOLVERS, help="ODE solver of a true liquid model (default: as trained)")
     p.add_argument(
@@ -62,6 +69,7 @@ def main() -> None:
     if "checkpoint" not in given and not PUBLISHED.exists():
         raise UserError("--checkpoint: name a run folder; there are no published weights beside sample.py")
     model, scheduler, config = load_model(Path(args.checkpoint))
+    args.steps = args.steps or min(50, scheduler.num_timesteps)
     if args.steps > scheduler.num_timesteps:
         raise UserError(f"--steps: must be at most the model's {scheduler.num_timesteps} timesteps, got {args.steps}")
     if args.solver or args.ode_steps:
@@ -73,8 +81,8 @@ def main() -> None:
     labels = chosen_labels(args.classes, config["classes"], model.num_classes, args.num_images)
     if args.guidance != 1 and labels is None:
         raise UserError("--guidance: this model was trained without --class-conditional")
-    output = picture_path("--output", args.output)
-    gif = picture_path("--gif", args.gif) if args.gif else None
+    output = picture_path("--output", args.output, ".png")
+    gif = picture_path("--gif", args.gif, ".gif") if args.gif else None
     model.to(device, memory_format=torch.channels_last)
 
     frames: list[list[Tensor]] = [[] for _ in range(args.steps)]  # by step, the batches' x_0
@@ -124,9 +132,11 @@ def chosen_labels(classes: str | None, names: list[str], num_classes: int, num_i
     return torch.tensor(chosen)[torch.arange(num_images) % len(chosen)]
 
 
-def picture_path(flag: str, name: str) -> Path:
+def picture_path(flag: str, name: str, suffix: str) -> Path:
     """Where a picture will be written, its folder made if need be. Raises UserError, naming the flag, if it cannot."""
     path = Path(name)
+    if path.suffix.lower() != suffix:
+        raise UserError(f"{flag}: the file's name must end in {suffix}, got {name}")
     if path.is_dir():
         raise UserError(f"{flag}: {path} is a folder; name a file in it")
     try:

@@ -26,6 +26,7 @@ CHANGEABLE = {
     *("data_dir", "output_dir"),
 }
 BUDGET = {"epochs", "steps", "minutes"}
+LENGTH = number("greater than 0 and at most a million", lambda v: 0 < v <= 1e6)
 
 
 def parser() -> Parser:
@@ -36,15 +37,24 @@ def parser() -> Parser:
     p.add_argument("--solver", choices=list(STEP_SHARE), default="euler", help="ODE steps of the true liquid model")
     p.add_argument("--dataset", choices=DATASETS, default=default["dataset"], help="what to learn")
     p.add_argument("--data-dir", default=default["data_dir"], help="where data sets are kept; the images of `folder`")
-    p.add_argument("--image-size", type=integer(4), help="resize to this side (default: the set's own; folder: 32)")
+    p.add_argument(
+        "--image-size", type=integer(4, 4096), help="resize to this side (default: the set's own; folder: 32)"
+    )
     p.add_argument("--output-dir", default=default["output_dir"], help="where the run's new folder is made")
     budget = p.add_mutually_exclusive_group()
-    budget.add_argument("--epochs", type=number(0), default=default["epochs"], help="length, in passes over the set")
+    budget.add_argument("--epochs", type=LENGTH, default=default["epochs"], help="length, in passes over the set")
     budget.add_argument("--steps", type=integer(1), help="length, in optimizer steps")
-    budget.add_argument("--minutes", type=number(0), help="length, in minutes of wall time")
-    p.add_argument("--batch-size", type=integer(1), default=default["batch_size"], help="images a step, all processes")
-    p.add_argument("--lr", type=number(0), default=default["lr"], help="peak learning rate of AdamW")
-    p.add_argument("--timesteps", type=integer(2), default=default["timesteps"], help="diffusion steps T")
+    budget.add_argument("--minutes", type=LENGTH, help="length, in minutes of wall time")
+    p.add_argument(
+        "--batch-size", type=integer(1, 10**6), default=default["batch_size"], help="images a step, all processes"
+    )
+    p.add_argument(
+        "--lr",
+        type=number("greater than 0", lambda v: v > 0),
+        default=default["lr"],
+        help="peak learning rate of AdamW",
+    )
+    p.add_argument("--timesteps", type=integer(2, 10**5), default=default["timesteps"], help="diffusion steps T")
     p.add_argument("--schedule", choices=SCHEDULES, default=default["schedule"], help="noise schedule")
     p.add_argument(
         "--prediction-type", choices=PREDICTION_TYPES, default=default["prediction_type"], help="what the network gives"
@@ -52,7 +62,7 @@ def parser() -> Parser:
     p.add_argument("--class-conditional", action="store_true", help="learn classes, to draw with `sample.py --classes`")
     p.add_argument(
         "--ema-decay",
-        type=number(0, 1, low_included=True),
+        type=number("from 0 to less than 1", lambda v: 0 <= v < 1),
         default=default["ema_decay"],
         help="moving average of weights",
     )
@@ -112,6 +122,7 @@ def resumed(given: dict, output_dir: Path) -> tuple[TrainConfig, Path]:
         folder = folders[-1]
     else:
         folder = Path(given["resume"])
+        folder = folder.parent if folder.is_file() else folder
     try:
         saved = TrainConfig(**read_config(folder)["train"])
     except (KeyError, TypeError) as error:

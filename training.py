@@ -105,12 +105,15 @@ class State:
     def mean_loss(self, here: Processes, run: Path) -> float:
         """The loss since the last log line, over all processes. Raises RunFailed if it or a weight is not finite."""
         loss = here.total(self.loss_sum).item() / self.loss_steps
-        if not math.isfinite(loss) or not all(torch.isfinite(p).all() for p in self.model.parameters()):
-            safe = "nothing was saved yet"
-            if (run / checkpoint.RESUME_FILE).exists():
-                safe = f"the files in {run} are those of the last save"
-            raise RunFailed(f"the loss is {loss} and the weights diverge at step {self.step}; {safe}; try a lower --lr")
-        return loss
+        wrong = f"the loss is {loss}"
+        if math.isfinite(loss) and not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            wrong = "a weight is not finite"
+        elif math.isfinite(loss):
+            return loss
+        safe = "nothing was saved yet"
+        if (run / checkpoint.RESUME_FILE).exists():
+            safe = f"the files in {run} are those of the last save"
+        raise RunFailed(f"{wrong} at step {self.step}; {safe}; try a lower --lr")
 
     def reset_loss(self) -> None:
         """Start the next log line's mean."""
@@ -198,6 +201,8 @@ def train(config: TrainConfig, *, resume: Path | None = None, dry_run: bool = Fa
         except OSError as error:
             raise RunFailed(f"cannot write ({error}); the files in {run} are those of the last save") from error
         if not finished:
+            if not here.is_main:
+                sys.exit(130)  # the main process speaks for all
             saved = (run / checkpoint.RESUME_FILE).exists()
             raise KeyboardInterrupt(f"step {state.step} is saved; go on with --resume {run}" if saved else "at step 0")
         return run
@@ -251,7 +256,7 @@ def loop(
                         checkpoint.save_resume(run / checkpoint.RESUME_FILE, dump)
                         checkpoint.save_model(run / checkpoint.MODEL_FILE, state.ema.module.state_dict(), rebuild)
             if done or stop:
-                if here.is_main:
+                if here.is_main and state.step > 0:
                     log.curves()
                 return done
 
