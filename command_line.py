@@ -15,7 +15,8 @@ from errors import RunFailed, UserError
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default not in (None, False) else action.help
+        tells = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if tells else action.help
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -158,23 +158,22 @@ def _read_images(paths: Sequence[Path], size: int) -> Tensor:
         images = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=shape)  # noqa: SIM115 - the map holds it
     else:
         images = np.empty(shape, np.uint8)
-    for i, path in enumerate(tqdm(paths, "reading images", unit="image", delay=2, leave=False)):
-        images[i] = _read_image(path, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # a huge image is refused, not decoded
+        for i, path in enumerate(tqdm(paths, "reading images", unit="image", delay=2, leave=False)):
+            images[i] = _read_image(path, size)
     return torch.from_numpy(images)
 
 
 def _read_image(path: Path, size: int) -> np.ndarray:
     """One image as uint8 (3, size, size): upright, short side resized, centre crop."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            square = ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC)
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"--data-dir: cannot read {path}: {_one_line(error)}") from error
-    except Image.DecompressionBombError as error:
+            ImageOps.exif_transpose(image, in_place=True)
+            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(f"--data-dir: cannot read {path}: {_one_line(error)}") from error
     return np.asarray(square).transpose(2, 0, 1)
 

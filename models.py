@@ -41,7 +41,8 @@ def load_model(path: Path) -> tuple[nn.Module, DDPMScheduler, dict[str, Any]]:
         model = build_model(config["model"], **config["model_config"])
         model.load_state_dict(tensors)
         scheduler = DDPMScheduler(config["timesteps"], config["schedule"], config["prediction_type"])
-        _ = [*config["shape"], *config["classes"]]  # what the commands draw by
+        if not {"shape", "classes"} <= config.keys():  # what the commands draw by
+            raise KeyError("no shape or classes")
     except (KeyError, RuntimeError, TypeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: its weights do not fit its config ({reason})") from error

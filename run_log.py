@@ -36,11 +36,11 @@ class RunLog:
             with open(self.metrics, newline="") as file:
                 kept = [row for row in csv.DictReader(file) if row["lr"] and int(row["step"]) <= step]
         with atomic_path(self.metrics) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
         self.file = open(self.metrics, "a", newline="")  # noqa: SIM115 - closed by __exit__
-        self.writer = csv.DictWriter(self.file, COLUMNS)
+        self.writer = csv.DictWriter(self.file, COLUMNS, lineterminator="\n")
         self.events = tensorboard_writer()(folder, purge_step=step + 1) if tensorboard else None
 
     def row(self, step: int, **values: float) -> None:

@@ -1,5 +1,7 @@
 """Runs of the real commands, from the shell's point of view."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -12,7 +14,8 @@ import command_line
 ROOT = Path(__file__).resolve().parent.parent
 # one thread a process: the runs are small, and several tests may run at once
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-TINY = ["--dataset", "digits", "--batch-size", "16", "--precision", "fp32", "--log-every", "5"]
+# few timesteps make the grid of samples quick: it takes no more steps than there are
+TINY = ["--dataset", "digits", "--batch-size", "16", "--timesteps", "8", "--precision", "fp32", "--log-every", "5"]
 
 
 def run_command(script: str, *arguments, **environment) -> subprocess.CompletedProcess:
@@ -37,15 +40,19 @@ def refused(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> No
         assert word in line
 
 
-def main_refuses(prog: str, main, arguments: list, monkeypatch, capsys) -> str:
-    """The one line with which a command refuses its arguments; in this process, which saves the start of another."""
-    monkeypatch.setattr(sys, "argv", [prog, *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        command_line.run(prog, main)
-    error = capsys.readouterr().err
-    assert left.value.code == 2
-    assert error.startswith(f"{prog}: error: ") and error.count("\n") == 1
-    return error
+def call(module, *arguments) -> tuple[int, str, str]:
+    """Run a command's main() as its file does when started; (exit code, stdout, stderr)."""
+    prog, before = f"{module.__name__}.py", sys.argv
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        sys.argv = [prog, *map(str, arguments)]
+        try:
+            command_line.run(prog, module.main)
+            code = 0
+        except SystemExit as left:
+            code = left.code
+        finally:
+            sys.argv = before
+    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="session")

@@ -1,114 +1,292 @@
-"""`sample.py` as a user meets it: the same picture for the same seed, every option, and each refusal."""
+"""`sample.py` as a user meets it: the same picture for the same seed, every option, and each refusal.
+
+Two tests start real processes; the others call the command in this one, which costs no start of Python.
+"""
+
+import json
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import main_refuses, refused, run_command, train_tiny
+from conftest import call, refused, run_command
 from PIL import Image
 
 import sample
+import train
+from checkpoint import read_model, save_model
 from diffusion import SAMPLERS, sample_images
+from liquid_diffusion import SOLVERS
 from models import load_model
+
+# a large rate, so that a few steps make models whose images depend on every option; few timesteps, so that it is quick
+FEW_STEPS = ["--device", "cpu", "--precision", "fp32", "--timesteps", 8, "--lr", 0.05, "--batch-size", 16]
+
+
+def trained(folder, *arguments):
+    """A short run; its folder."""
+    code, _, err = call(train, *FEW_STEPS, "--output-dir", folder, *arguments)
+    assert code == 0, err
+    return next(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("digits"), "--dataset", "digits", "--steps", 60)
 
 
 @pytest.fixture(scope="module")
 def class_run(tmp_path_factory):
-    """A class-conditional run that is long enough for the class to matter."""
-    return train_tiny(tmp_path_factory.mktemp("classes"), "--steps", 300, "--class-conditional", "--sample-every", 1000)
+    """Dark cats and bright dogs, so that a class is visible in its images."""
+    images, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name, low, high in (("cats", 0, 60), ("dogs", 190, 256)):
+        (images / name).mkdir()
+        for i in range(20):
+            pixels = random.integers(low, high, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / name / f"{i}.png")
+    options = ["--dataset", "folder", "--data-dir", images, "--image-size", 8, "--steps", 150, "--class-conditional"]
+    return trained(tmp_path_factory.mktemp("classes"), *options)
+
+
+@pytest.fixture(scope="module")
+def inspired_run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("inspired"), "--dataset", "digits", "--steps", 2, "--model", "inspired")
 
 
 def draw(run, tmp_path, *options, name="out.png") -> np.ndarray:
+    """The pixels of the grid that the command draws."""
     path = tmp_path / name
-    done = run_command("sample.py", "--checkpoint", run, "--output", path, "--num-images", 4, "--steps", 8, *options)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == str(path)
-    return np.asarray(Image.open(path))
+    code, out, err = call(
+        sample, "--checkpoint", run, "--output", path, "--num-images", 4, "--steps", 4, "--device", "cpu", *options
+    )
+    assert code == 0, err
+    assert out.splitlines()[0] == str(path)
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture)
 
 
-def test_a_run_and_its_file_give_the_same_picture_in_a_folder_that_is_made(whole_run, tmp_path):
-    a = draw(whole_run, tmp_path, name="new/folder/a.png")
-    b = draw(whole_run / "model.safetensors", tmp_path)
-    assert a.std() > 10 and np.array_equal(a, b)
-    assert not np.array_equal(a, draw(whole_run, tmp_path, "--seed", 100))
+def test_a_run_and_its_file_give_the_same_bytes_in_a_folder_that_is_made(digits_run, tmp_path):
+    options = ["--num-images", 9, "--steps", 8, "--device", "cpu", "--seed", 3]
+    a, b = tmp_path / "new" / "folder" / "a.png", tmp_path / "b.png"
+    for checkpoint, path in ((digits_run, a), (digits_run / "model.safetensors", b)):
+        done = run_command("sample.py", "--checkpoint", checkpoint, "--output", path, *options)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{path}\n"
+    assert a.read_bytes() == b.read_bytes()
+    other = draw(digits_run, tmp_path, *options, "--seed", 4, name="c.png")
+    assert np.asarray(Image.open(a)).std() > 10 and not np.array_equal(np.asarray(Image.open(a)), other)
 
 
-def test_an_image_depends_on_its_seed_and_not_on_the_batch(whole_run):
-    model, scheduler, config = load_model(whole_run)
-    for sampler in SAMPLERS:
-        options = {"sampler": sampler, "steps": 10, "eta": 0.5}
-        images = sample_images(model, scheduler, config["shape"], 7, seed=3, **options)
-        for batch_size in (1, 3):
-            other = sample_images(model, scheduler, config["shape"], 7, seed=3, batch_size=batch_size, **options)
-            assert (images - other).abs().max() < 1e-4
-        alone = sample_images(model, scheduler, config["shape"], 1, seed=8, **options)
-        assert (images[5] - alone[0]).abs().max() < 1e-4
-        assert (images[0] - images[1]).abs().max() > 0.1
+def test_the_grid_holds_each_image_in_its_place(digits_run, tmp_path):
+    model, scheduler, config = load_model(digits_run)
+    images = sample_images(model, scheduler, config["shape"], 4, steps=4)
+    grid = draw(digits_run, tmp_path)
+    zoom, cell = 8, 9  # 8 pixels become 64; a border of one pixel stands between two images
+    assert grid.shape == ((2 * cell + 1) * zoom, (2 * cell + 1) * zoom, 3)
+    for i, image in enumerate(images):
+        top, left = (1 + cell * (i // 2)) * zoom, (1 + cell * (i % 2)) * zoom
+        drawn = grid[top : top + 8 * zoom : zoom, left : left + 8 * zoom : zoom, 0]
+        assert np.abs(drawn - ((image[0] + 1) / 2 * 255).numpy()).max() <= 1
 
 
-def test_samplers_and_solvers_are_options_that_act(whole_run, tmp_path):
-    pictures = [
-        draw(whole_run, tmp_path),
-        draw(whole_run, tmp_path, "--sampler", "ddim"),
-        draw(whole_run, tmp_path, "--sampler", "ddpm"),
-        draw(whole_run, tmp_path, "--ode-steps", 1, 1, 1),
-        draw(whole_run, tmp_path, "--solver", "rk4"),
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_depends_on_its_seed_and_not_on_the_batch(sampler, class_run):
+    model, scheduler, config = load_model(class_run)
+    options = {"sampler": sampler, "steps": 8, "eta": 0.5}
+
+    def drawn(count, **more):
+        labels = torch.zeros(count, dtype=torch.long)
+        return sample_images(model, scheduler, config["shape"], count, labels=labels, guidance=2.0, **options, **more)
+
+    images = drawn(70)
+    for batch_size in (1, 3):
+        assert (images[:7] - drawn(7, batch_size=batch_size)).abs().max() < 1e-4
+    assert (images - drawn(70, batch_size=70)).abs().max() < 1e-4
+    assert (images[5] - drawn(1, seed=5)[0]).abs().max() < 1e-4
+    assert (images[66] - drawn(1, seed=66)[0]).abs().max() < 1e-4  # of the second batch of 64
+    assert (images[0] - images[1]).abs().max() > 0.1
+
+
+def test_every_sampler_and_solver_is_an_option_that_acts(digits_run, tmp_path):
+    options = [
+        *(["--sampler", sampler] for sampler in SAMPLERS),
+        ["--sampler", "ddim", "--eta", 0.5],
+        ["--ode-steps", 1, 1, 1],
+        *(["--solver", solver] for solver in SOLVERS if solver != "euler"),
     ]
-    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
-    # with eta = 1 DDIM is DDPM also where steps are left out
-    like_ddpm = draw(whole_run, tmp_path, "--sampler", "ddim", "--eta", 1)
-    assert np.abs(like_ddpm.astype(int) - pictures[2]).max() <= 1
+    pictures = [draw(digits_run, tmp_path, *option).tobytes() for option in options]
+    assert len(set(pictures)) == len(pictures)
 
 
-def test_a_gif_shows_every_denoising_step(whole_run, tmp_path):
-    draw(whole_run, tmp_path, "--gif", tmp_path / "a.gif", "--batch-size", 3)
-    with Image.open(tmp_path / "a.gif") as gif:
-        assert gif.n_frames == 8
+def test_ddim_of_eta_one_is_ddpm(digits_run, tmp_path):
+    ancestral = draw(digits_run, tmp_path, "--sampler", "ddpm").astype(int)
+    assert np.abs(ancestral - draw(digits_run, tmp_path, "--sampler", "ddim", "--eta", 1)).max() <= 1
 
 
-def test_classes_by_name_or_number_and_guidance(class_run, tmp_path):
-    three = draw(class_run, tmp_path, "--classes", "3")
-    assert np.array_equal(three, draw(class_run, tmp_path, "--classes", "3,3"))
-    assert not np.array_equal(three, draw(class_run, tmp_path, "--classes", "7"))
-    assert not np.array_equal(three, draw(class_run, tmp_path, "--classes", "3", "--guidance", 3))
+def test_the_defaults_are_the_solver_and_steps_of_the_training(digits_run, tmp_path):
+    default = draw(digits_run, tmp_path)
+    assert np.array_equal(default, draw(digits_run, tmp_path, "--solver", "euler", "--ode_steps", 3, 5, 7))
+    assert np.array_equal(default, draw(digits_run, tmp_path, "--sampler", "dpmpp", "--seed", 0))
 
 
-def test_training_moves_the_class_vectors(class_run):
-    model, _, _ = load_model(class_run)
+def test_a_gif_shows_every_denoising_step_and_ends_with_the_picture(digits_run, tmp_path):
+    picture = draw(digits_run, tmp_path, "--gif", tmp_path / "new" / "a.gif", "--batch-size", 3, "--steps", 6)
+    with Image.open(tmp_path / "new" / "a.gif") as gif:
+        assert gif.n_frames == 6
+        gif.seek(0)
+        first = np.asarray(gif.convert("RGB")).astype(int)
+        gif.seek(5)
+        last = np.asarray(gif.convert("RGB")).astype(int)
+        assert gif.info["duration"] == 2000
+    assert np.abs(last - picture).mean() < 5 < np.abs(first - picture).mean()  # a GIF has 256 colours
+
+
+def test_classes_by_name_or_number_take_turns(class_run, tmp_path):
+    dogs, cats = draw(class_run, tmp_path, "--classes", "dogs"), draw(class_run, tmp_path, "--classes", "cats")
+    assert dogs.mean() > cats.mean() + 50
+    assert np.array_equal(dogs, draw(class_run, tmp_path, "--classes", "1"))
+    in_turns = draw(class_run, tmp_path, "--classes", "cats, 1")
+    half = in_turns.shape[1] // 2  # images 0 and 2 lie on the left, 1 and 3 on the right
+    assert np.array_equal(in_turns[:, :half], cats[:, :half]) and np.array_equal(in_turns[:, half:], dogs[:, half:])
+    assert np.array_equal(in_turns, draw(class_run, tmp_path))  # all classes by default
+
+
+def test_guidance_acts_and_one_is_none(class_run, tmp_path):
+    plain = draw(class_run, tmp_path, "--classes", "dogs")
+    assert np.array_equal(plain, draw(class_run, tmp_path, "--classes", "dogs", "--guidance", 1))
+    pushed = draw(class_run, tmp_path, "--classes", "dogs", "--guidance", 4)
+    nobody = [draw(class_run, tmp_path, "--classes", name, "--guidance", 0) for name in ("dogs", "cats")]
+    assert not np.array_equal(plain, pushed)
+    assert np.array_equal(*nobody)  # guidance 0 leaves the class out
+
+
+def test_training_moves_the_class_vectors_and_the_output_hears_them(class_run):
+    model, _, config = load_model(class_run)
     torch.manual_seed(0)
-    untrained = type(model)(in_channels=1, num_classes=10)
-    assert not torch.equal(model.embedding.classes.weight, untrained.embedding.classes.weight)
-    x, t = torch.randn(1, 1, 8, 8), torch.tensor([200])
-    outputs = torch.stack([model(x, t, labels=torch.tensor([label])) for label in range(10)])
-    assert outputs.std(0).max() > 1e-3
+    start = type(model)(**config["model_config"]).embedding.classes.weight
+    # weight decay alone would scale all values by one factor
+    ratios = (model.embedding.classes.weight / start).detach()[:2]
+    assert ratios.std() > 0.01
+    x, t = torch.randn(1, 3, 8, 8), torch.tensor([4])
+    outputs = torch.stack([model(x, t, labels=torch.tensor([label])) for label in range(3)])
+    assert outputs.std(0).max() > 1e-2
 
 
-def test_refusals(whole_run, class_run, tmp_path, monkeypatch, capsys):
-    (tmp_path / "text").write_text("hello\n" * 20)
+def line_of_refusal(*arguments) -> str:
+    """The one line with which the command refuses its arguments, before it draws anything."""
+    code, out, err = call(sample, "--num-images", 1, "--device", "cpu", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
+    assert err.startswith("sample.py: error: ")
+    return err
+
+
+BAD_VALUES = [
+    ("--num-images", 0),
+    ("--num-images", "x"),
+    ("--batch-size", 0),
+    ("--steps", 0),
+    ("--steps", 9),
+    ("--seed", -1),
+    ("--eta", 1),  # the sampler is not ddim
+    ("--eta", 3),
+    ("--eta", "nan"),
+    ("--output", "grid.jpg"),
+    ("--guidance", 2),
+    ("--guidance", "inf"),
+    ("--classes", 3),
+    ("--sampler", "euler"),
+    ("--solver", "heun"),
+    ("--ode-steps", 1),
+    ("--no-such-flag", 1),
+]
+
+
+@pytest.mark.parametrize("flag, value", BAD_VALUES)
+def test_a_bad_value_is_refused_by_its_flag(flag, value, digits_run, tmp_path):
+    line = line_of_refusal("--checkpoint", digits_run, "--output", tmp_path / "out.png", flag, value)
+    assert flag in line
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_an_unknown_class_is_refused_with_those_there_are(class_run):
+    line = line_of_refusal("--checkpoint", class_run, "--classes", "cats,birds")
+    assert "--classes" in line and "birds" in line and "cats, dogs" in line
+    assert "--classes" in line_of_refusal("--checkpoint", class_run, "--classes", "2")
+    assert "--classes" in line_of_refusal("--checkpoint", class_run, "--classes", "")
+
+
+@pytest.mark.parametrize("options", [["--ode-steps", 1, 1, 1], ["--solver", "rk4"]])
+def test_a_model_without_an_ode_refuses_ode_options(options, inspired_run):
+    line = line_of_refusal("--checkpoint", inspired_run, *options)
+    assert options[0] in line and "inspired" in line
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "text", "cut", "foreign", "nothing", "checkpoint.pt"])
+def test_what_is_no_model_is_refused_by_its_name(name, digits_run, tmp_path):
+    whole = (digits_run / "model.safetensors").read_bytes()
     (tmp_path / "empty").mkdir()
-    (tmp_path / "cut").write_bytes((whole_run / "model.safetensors").read_bytes()[:5000])
+    (tmp_path / "text").write_text("hello\n" * 20)
+    (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "nothing").write_bytes(b"")
+    (tmp_path / "checkpoint.pt").write_bytes((digits_run / "checkpoint.pt").read_bytes())
     safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "foreign")
-    cases = [
-        *[(["--checkpoint", tmp_path / name], [name]) for name in ("text", "empty", "cut", "foreign", "missing")],
-        (["--checkpoint", whole_run, "--num-images", 0], ["--num-images", "0"]),
-        (["--checkpoint", whole_run, "--steps", 401], ["--steps", "401"]),
-        (["--checkpoint", whole_run, "--eta", 1], ["--eta"]),
-        (["--checkpoint", whole_run, "--classes", "3"], ["--classes"]),
-        (["--checkpoint", whole_run, "--guidance", 2], ["--guidance"]),
-        (["--checkpoint", whole_run, "--output", tmp_path], ["--output", str(tmp_path)]),
-        (["--checkpoint", whole_run, "--output", tmp_path / "text" / "a.png"], ["--output", "text"]),
-        (["--checkpoint", whole_run, "--sampler", "euler"], ["--sampler", "euler"]),
-        (["--checkpoint", class_run, "--classes", "3,eleven"], ["--classes", "eleven"]),
-    ]
-    for arguments, words in cases:
-        error = main_refuses("sample.py", sample.main, arguments, monkeypatch, capsys)
-        assert all(word in error for word in words), error
+    assert str(tmp_path / name) in line_of_refusal("--checkpoint", tmp_path / name)
 
 
-def test_a_refusal_leaves_the_shell_with_2_and_one_line(tmp_path):
-    refused(run_command("sample.py", "--checkpoint", tmp_path / "gone"), "sample.py: error: ", "gone")
+@pytest.mark.parametrize("key", ["shape", "classes", "timesteps", "model_config"])
+def test_a_model_whose_config_lacks_a_key_is_refused_by_its_name(key, digits_run, tmp_path):
+    tensors, config = read_model(digits_run)
+    path = tmp_path / "lacking.safetensors"
+    save_model(path, tensors, {name: value for name, value in config.items() if name != key})
+    assert str(path) in line_of_refusal("--checkpoint", path)
 
 
-def test_a_model_without_an_ode_refuses_ode_options(tmp_path):
-    run = train_tiny(tmp_path, "--steps", 2, "--model", "inspired")
-    refused(run_command("sample.py", "--checkpoint", run, "--ode-steps", 1, 1, 1), "--ode-steps", "inspired")
+def test_a_model_that_is_not_of_its_config_is_refused_by_its_name(digits_run, inspired_run, tmp_path):
+    path = tmp_path / "swapped.safetensors"
+    save_model(path, read_model(digits_run)[0], read_model(inspired_run)[1])
+    assert str(path) in line_of_refusal("--checkpoint", path)
+
+
+def test_outputs_that_cannot_be_are_refused_by_their_flag(digits_run, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for flag in ("--output", "--gif"):
+        elsewhere = [] if flag == "--output" else ["--output", tmp_path / "fine.png"]
+        code, _, err = call(
+            sample, *("--checkpoint", digits_run, "--steps", 2, "--num-images", 1), *elsewhere, flag, tmp_path
+        )
+        assert code == 2 and f"sample.py: error: {flag}: " in err and str(tmp_path) in err
+    line = line_of_refusal("--checkpoint", digits_run, "--output", tmp_path / "file" / "a.png")
+    assert "--output" in line and (tmp_path / "file").read_text() == "kept"
+
+
+def test_weights_that_are_not_finite_fail_and_leave_the_picture_as_it_was(digits_run, tmp_path):
+    tensors, config = read_model(digits_run)
+    broken, picture = tmp_path / "broken.safetensors", tmp_path / "out.png"
+    save_model(broken, {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, config)
+    draw(digits_run, tmp_path)
+    before = picture.read_bytes()
+    code, out, err = call(sample, "--checkpoint", broken, "--output", picture, "--steps", 2, "--num-images", 1)
+    assert code == 1 and out == "" and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("sample.py: failed: ") and "not finite" in err
+    assert picture.read_bytes() == before
+
+
+def test_without_published_weights_the_flag_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "PUBLISHED", tmp_path / "none.safetensors")
+    assert "--checkpoint" in line_of_refusal()
+
+
+def test_refusals_from_the_shell(tmp_path):
+    refused(run_command("sample.py", "--checkpoint", tmp_path / "none"), "sample.py: error: ", "none")
+    refused(run_command("sample.py", "--num-images", 0), "sample.py: error: --num-images: must be", "0")
+
+
+def test_the_default_number_of_steps_suits_a_model_of_few_timesteps(digits_run, tmp_path):
+    code, _, err = call(sample, "--checkpoint", digits_run, "--output", tmp_path / "a.png", "--num-images", 1)
+    assert code == 0, err
+
+
+def test_the_config_of_a_file_survives_json(digits_run):
+    """What sample.py rebuilds from is plain JSON, equal to what the run's config.json records."""
+    assert read_model(digits_run)[1] == json.loads((digits_run / "config.json").read_text())["model"]

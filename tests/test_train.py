@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -11,11 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, TINY, main_refuses, refused, run_command, train_tiny
+from conftest import ENVIRONMENT, ROOT, TINY, call, refused, run_command, train_tiny
 from PIL import Image
 
+import sample
 import train
 from checkpoint import read_model, read_resume
+from image_data import held_out_bank, load_images
+from models import build_model, load_model
+from training import held_out_loss
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -32,10 +38,31 @@ def same(a, b) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def interrupted_run(folder: Path, number: signal.Signals, *arguments, after: int) -> tuple[Path, str]:
-    """Start a run, send it a signal once `metrics.csv` has `after` rows; its folder and stderr's last line."""
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--output-dir", str(folder), *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+def trained(folder: Path, *arguments) -> Path:
+    """A short run in this process, which saves the start of another; its folder."""
+    code, _, err = call(train, *TINY, "--device", "cpu", "--output-dir", folder, *arguments)
+    assert code == 0, err
+    return sorted(folder.iterdir())[-1]
+
+
+def refusal(arguments: list) -> str:
+    """The one line with which `train.py` refuses its arguments."""
+    code, out, err = call(train, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
+    assert err.startswith("train.py: error: ")
+    return err
+
+
+def interrupted_run(folder: Path, number: signal.Signals, *arguments, after: int, launch=()) -> tuple[Path, str]:
+    """Start a run, send it a signal once `metrics.csv` has `after` rows; its folder and what it wrote to stderr."""
+    command = [sys.executable, *launch, str(ROOT / "train.py"), *TINY, "--output-dir", str(folder)]
+    process = subprocess.Popen(
+        [*command, *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         found = list(folder.glob("*/metrics.csv"))
@@ -44,8 +71,8 @@ def interrupted_run(folder: Path, number: signal.Signals, *arguments, after: int
         time.sleep(0.01)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    return found[0].parent, errors.strip().splitlines()[-1]
+    assert process.returncode == (1 if launch else 130), errors  # torchrun's own code is 1, whatever stopped a worker
+    return found[0].parent, errors
 
 
 def test_a_run_leaves_its_files(whole_run):
@@ -77,14 +104,15 @@ def test_the_same_command_gives_the_same_bytes_and_the_next_id(whole_run):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on_bit_for_bit(number, tmp_path):
-    # 150 steps of 16 images pass the end of the first epoch at step 110; a log line every 7 steps, so that the
+    # 300 steps of 16 images pass the end of the first epoch at step 110; a log line every 7 steps, so that the
     # interruption falls between two of them but for one time in seven
-    options = ["--steps", 150, "--log-every", 7, "--save-every", 1000, "--sample-every", 1000]
+    options = ["--steps", 300, "--log-every", 7, "--save-every", 1000, "--sample-every", 1000]
     whole = train_tiny(tmp_path / "whole", *options)
     part, message = interrupted_run(tmp_path / "part", number, *options, after=3)
     stopped = read_resume(part / "checkpoint.pt")["step"]
-    assert 21 <= stopped < 150
-    assert f"step {stopped} is saved" in message and str(part) in message
+    assert 21 <= stopped < 300
+    line = message.strip().splitlines()[-1]
+    assert line == f"train.py: interrupted: step {stopped} is saved; go on with --resume {part}"
     done = run_command("train.py", "--resume", "--output-dir", tmp_path / "part")
     assert done.returncode == 0, done.stderr
     a, b = read_resume(whole / "checkpoint.pt"), read_resume(part / "checkpoint.pt")
@@ -95,18 +123,18 @@ def test_an_interrupted_run_goes_on_bit_for_bit(number, tmp_path):
     assert [[row[c] for c in columns] for row in rows(whole)] == [[row[c] for c in columns] for row in rows(part)]
 
 
-def test_resume_takes_another_budget_and_refuses_another_run(tmp_path, monkeypatch, capsys):
+def test_resume_takes_another_budget_and_refuses_another_run(tmp_path):
     run = train_tiny(tmp_path, "--steps", 10)
     done = run_command("train.py", "--resume", run, "--steps", 15)
     assert done.returncode == 0, done.stderr
     assert read_resume(run / "checkpoint.pt")["step"] == 15
     for flag, value in (("--model", "inspired"), ("--seed", "7"), ("--batch-size", "4"), ("--solver", "exponential")):
-        error = main_refuses("train.py", train.main, ["--resume", run, flag, value], monkeypatch, capsys)
+        error = refusal(["--resume", run, flag, value])
         assert flag in error and value in error
-    assert "--resume" in main_refuses(
-        "train.py", train.main, ["--resume", "--output-dir", tmp_path / "none"], monkeypatch, capsys
-    )
-    assert "config.json" in main_refuses("train.py", train.main, ["--resume", tmp_path], monkeypatch, capsys)
+    assert "--resume" in refusal(["--resume", "--output-dir", tmp_path / "none"])
+    for content in ("[1]", "{", '{"train": {"model": "true", "wings": 2}}'):
+        (run / "config.json").write_text(content)
+        assert "config.json" in refusal(["--resume", run])
 
 
 @pytest.mark.parametrize("processes, batch_size", [(2, 16), (3, 10)])
@@ -123,6 +151,14 @@ def test_several_processes_follow_one(processes, batch_size, tmp_path):
     assert len(losses[0]) == 20
     assert (losses[0] - losses[1]).abs().max() < 1e-5
     assert abs(float(rows(a)[-1]["held_out_loss"]) - float(rows(b)[-1]["held_out_loss"])) < 1e-5
+
+
+def test_several_processes_interrupted_save_and_say_so_once(tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run, errors = interrupted_run(tmp_path, signal.SIGTERM, "--steps", 100_000, launch=launch, after=1)
+    step = read_resume(run / "checkpoint.pt")["step"]
+    said = {line for line in errors.splitlines() if line.startswith("train.py: ")}
+    assert said == {f"train.py: interrupted: step {step} is saved; go on with --resume {run}"}
 
 
 def test_minutes_bound_a_run(tmp_path):
@@ -142,78 +178,205 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("options", [["--model", "inspired"], ["--model", "unet", "--class-conditional"]])
-def test_other_models_train(options, tmp_path):
-    run = train_tiny(tmp_path, "--steps", 80, *options)
-    assert float(rows(run)[-1]["held_out_loss"]) < 0.9 * float(rows(run)[0]["loss"])
+VARIANTS = [
+    ["--schedule", "cosine"],
+    ["--prediction-type", "v"],
+    ["--prediction-type", "eps", "--schedule", "cosine"],
+    ["--model", "inspired", "--class-conditional"],
+    ["--model", "unet", "--class-conditional"],
+    ["--solver", "exponential", "--image-size", 12],
+]
 
 
-def test_choices_of_the_diffusion_are_in_the_models_file(tmp_path):
-    choices = {"--schedule": "cosine", "--prediction-type": "v", "--timesteps": 50}
-    run = train_tiny(tmp_path, "--steps", 10, "--tensorboard", *[word for pair in choices.items() for word in pair])
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: " ".join(map(str, options)))
+def test_the_file_alone_gives_back_the_model_that_was_measured(options, tmp_path):
+    """Model, schedule, prediction type, classes and solver are in the metadata: without one, the loss would differ."""
+    run = trained(tmp_path, "--steps", 12, "--lr", 0.02, *options)
+    model, scheduler, config = load_model(run / "model.safetensors")
+    bank = held_out_bank(load_images("digits", "unused", config["shape"][-1]), config["timesteps"])
+    assert held_out_loss(model, scheduler, bank) == pytest.approx(float(rows(run)[-1]["held_out_loss"]), rel=1e-5)
+    flags = dict(zip(*[iter(option for option in options if option != "--class-conditional")] * 2, strict=True))
+    for flag in flags.keys() & {"--schedule", "--prediction-type", "--model"}:
+        assert config[flag[2:].replace("-", "_")] == flags[flag]
+    assert model.num_classes == (10 if "--class-conditional" in options else 0)
+
+
+def test_the_command_that_a_run_prints_draws_from_it(tmp_path, monkeypatch):
+    code, out, _ = call(train, *TINY, "--steps", 2, "--output-dir", tmp_path / "runs")
+    assert code == 0
+    printed = re.search(r"python sample.py (--checkpoint .+)", out)[1].split()
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(sample, *printed)
+    assert code == 0, err
+    assert (tmp_path / "samples.png").exists()
+
+
+def test_class_vectors_learn(tmp_path):
+    run = trained(tmp_path, "--steps", 30, "--lr", 0.02, "--class-conditional")
     _, config = read_model(run)
-    assert (config["schedule"], config["prediction_type"], config["timesteps"]) == ("cosine", "v", 50)
-    assert list(run.glob("events.out.tfevents.*"))
+    torch.manual_seed(0)
+    start = build_model("true", **config["model_config"]).embedding.classes.weight.detach()
+    ratios = read_resume(run / "checkpoint.pt")["model"]["embedding.classes.weight"] / start
+    assert ratios.std() > 0.01  # weight decay alone would scale all values by one factor
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_files(tmp_path):
-    good = train_tiny(tmp_path, "--steps", 10)
-    before = (good / "model.safetensors").read_bytes()
-    config = json.loads((good / "config.json").read_text())
-    config["train"]["lr"] = 1e30
-    (good / "config.json").write_text(json.dumps(config))
-    done = run_command("train.py", "--resume", good, "--steps", 400, "--save-every", 5)
-    refused(done, "step", "loss is", str(good), code=1)
-    assert (good / "model.safetensors").read_bytes() == before
-    assert read_resume(good / "checkpoint.pt")["step"] == 10
+def test_held_out_losses_and_grids_come_at_their_steps_and_saves_at_theirs(tmp_path):
+    run = trained(tmp_path, "--steps", 10, "--log-every", 3, "--sample-every", 4, "--batch_size", 4)
+    assert (run / "metrics.csv").read_text().splitlines()[0] == "step,images,seconds,loss,lr,held_out_loss"
+    assert [row["step"] for row in rows(run)] == ["3", "4", "6", "8", "9", "10"]
+    assert [row["step"] for row in rows(run) if row["held_out_loss"]] == ["4", "8", "10"]
+    assert [row["images"] for row in rows(run)] == ["12", "16", "24", "32", "36", "40"]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step_{step:07d}.png" for step in (4, 8, 10)]
+    seconds = [float(row["seconds"]) for row in rows(run)]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+
+
+def test_a_logged_loss_is_the_mean_of_the_steps_since_the_last(tmp_path):
+    every = trained(tmp_path / "every", "--steps", 9, "--log-every", 1)
+    third = trained(tmp_path / "third", "--steps", 9, "--log-every", 3)
+    losses = np.array([float(row["loss"]) for row in rows(every)])
+    assert np.allclose(losses.reshape(3, 3).mean(1), [float(row["loss"]) for row in rows(third)], rtol=1e-5)
+
+
+def test_precision_auto_is_recorded_as_what_it_became_and_may_be_repeated(tmp_path):
+    run = trained(tmp_path, "--steps", 2, "--precision", "auto")
+    assert json.loads((run / "config.json").read_text())["train"]["precision"] in ("fp32", "bf16")
+    code, _, err = call(train, "--resume", run, "--precision", "auto", "--steps", 3)
+    assert code == 0, err
+    assert read_resume(run / "checkpoint.pt")["step"] == 3
+
+
+def test_a_finished_run_resumed_ends_at_once_and_changes_no_weight(tmp_path):
+    run = trained(tmp_path, "--steps", 4)
+    before = (run / "model.safetensors").read_bytes(), (run / "metrics.csv").read_bytes()
+    code, out, err = call(train, "--resume", "--output-dir", tmp_path)
+    assert code == 0 and f"done: {run}" in out, err
+    assert ((run / "model.safetensors").read_bytes(), (run / "metrics.csv").read_bytes()) == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_tensorboard_has_the_rows_of_metrics_csv(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = trained(tmp_path, "--steps", 10, "--tensorboard")
+    events = reader.EventAccumulator(str(run)).Reload()
+    for name in ("loss", "lr", "held_out_loss"):
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        assert logged == pytest.approx({int(row["step"]): float(row[name]) for row in rows(run) if row[name]})
+
+
+# at 1e6 the last finite loss has a gradient that overflows: the weights that it leaves are not finite
+@pytest.mark.parametrize("rate", [1e4, 1e6, 1e30])
+def test_a_failed_run_leaves_weights_that_are_finite(rate, tmp_path):
+    code, _, err = call(
+        train, *TINY, "--output-dir", tmp_path, "--steps", 40, "--lr", rate, "--log-every", 1, "--save-every", 1
+    )
+    (run,) = tmp_path.iterdir()
+    line = err.strip().splitlines()[-1]
+    assert code == 1 and "Traceback" not in err
+    assert (
+        re.match(r"train.py: failed: (the loss is \S+|a weight is not finite) at step \d+; ", line) and str(run) in line
+    )
+    tensors, _ = read_model(run)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert all(tensor.isfinite().all() for tensor in read_resume(run / "checkpoint.pt")["model"].values())
+
+
+def test_a_disk_that_is_full_fails_in_one_line_and_keeps_the_last_save(tmp_path):
+    run = trained(tmp_path, "--steps", 2)
+    before = {name: (run / name).read_bytes() for name in ("checkpoint.pt", "model.safetensors")}
+
+    def limit():  # files may have 300 kB: config.json and metrics.csv fit, checkpoint.pt does not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    command = [sys.executable, str(ROOT / "train.py"), "--resume", str(run), "--steps", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, preexec_fn=limit, timeout=120)
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert not list(run.glob(".*.tmp"))
+    refused(done, "train.py: failed: ", str(run), code=1)
+
+
+def test_the_models_file_may_be_read_by_whom_the_other_files_may(tmp_path):
+    run = trained(tmp_path, "--steps", 1)
+    modes = {path.name: oct(path.stat().st_mode) for path in run.iterdir() if path.is_file()}
+    assert len(set(modes.values())) == 1, modes
+
+
+def test_help_names_every_flag_with_its_default():
+    code, out, _ = call(train, "--help")
+    out = " ".join(out.split())
+    assert code == 0
+    flags = "model dataset data-dir output-dir epochs steps minutes batch-size lr timesteps schedule prediction-type"
+    flags += " ema-decay seed device precision compile log-every sample-every save-every resume dry-run"
+    for flag in flags.split():
+        assert f"--{flag}" in out
+    for flag, default in (
+        ("epochs", "3"),
+        ("batch-size", "8"),
+        ("timesteps", "400"),
+        ("seed", "0"),
+        ("dataset", "cifar10"),
+    ):
+        assert re.search(rf"--{flag} (?:(?! --).)*\(default: {default}\)", out.split("options:")[1]), flag
 
 
 BAD_FLAGS = [
     ("--batch-size", "0"),
     ("--batch-size", "-1"),
     ("--batch-size", "x"),
+    ("--batch-size", "nan"),
     ("--batch-size", "1e400"),
     ("--lr", "0"),
     ("--lr", "nan"),
     ("--lr", "inf"),
     ("--epochs", "-1"),
+    ("--epochs", "1e308"),
     ("--steps", "0"),
     ("--minutes", "0"),
+    ("--minutes", "1e308"),
     ("--timesteps", "1"),
+    ("--timesteps", "100000000000"),
     ("--ema-decay", "1"),
     ("--seed", "-3"),
     ("--model", "transformer"),
     ("--dataset", "imagenet"),
+    ("--image-size", "2"),
     ("--image-size", "10"),
+    ("--image-size", "1000000"),
+    ("--prediction-type", "x0"),
+    ("--schedule", "sigmoid"),
+    ("--precision", "fp16"),
+    ("--device", "tpu"),
+    ("--batch", "4"),
     ("--save-every", "0"),
     ("--no-such-flag", "1"),
 ]
 
 
 @pytest.mark.parametrize("flag, value", BAD_FLAGS)
-def test_a_bad_value_is_refused_by_its_flag(flag, value, monkeypatch, capsys):
-    error = main_refuses("train.py", train.main, ["--dataset", "digits", flag, value], monkeypatch, capsys)
+def test_a_bad_value_is_refused_by_its_flag(flag, value):
+    error = refusal(["--dataset", "digits", flag, value])
     assert flag in error and value in error
 
 
-def test_contradictions_and_bad_places_are_refused(tmp_path, monkeypatch, capsys):
+def test_contradictions_and_bad_places_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    for i in range(3):
-        Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
+    for split in ("train", "test"):  # no class of their own: these folders are the split
+        (tmp_path / "split" / split).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "split" / split / "0.png")
     folder = ["--dataset", "folder", "--data-dir"]
     cases = [
         (["--epochs", 1, "--steps", 1], ["--steps", "--epochs"]),
         ([*folder, tmp_path / "missing"], ["--data-dir", "missing"]),
         ([*folder, tmp_path / "empty"], ["--data-dir", "no images"]),
-        ([*folder, tmp_path, "--class-conditional"], ["--class-conditional"]),
+        ([*folder, tmp_path / "split", "--class-conditional"], ["--class-conditional"]),
         (["--dataset", "digits", "--output-dir", tmp_path / "file"], ["--output-dir", "file"]),
         (["--model", "inspired", "--solver", "exponential"], ["--solver", "inspired"]),
     ]
     if not torch.cuda.is_available():
         cases.append((["--device", "cuda"], ["--device", "cuda"]))
     for arguments, words in cases:
-        error = main_refuses("train.py", train.main, arguments, monkeypatch, capsys)
+        error = refusal(arguments)
         assert all(word in error for word in words), error
 
 
