@@ -24,7 +24,7 @@ STEP_SHARE = {
 }
 ODEINT_SOLVERS = ("midpoint", "rk4", "dopri5")  # torchdiffeq's, on the same cell, meant for sampling
 SOLVERS = (*STEP_SHARE, *ODEINT_SOLVERS)
-ACTIVATIONS = {"silu": F.silu, "tanh": torch.tanh}  # tanh bounds the state, silu learned better where it was measured
+ACTIVATIONS = {"silu": F.silu, "tanh": torch.tanh}  # only tanh bounds the state
 
 SPEEDS = ("global", "local", "detail")  # slow to fast, coarse to fine
 # The bounds of tau, in units of a horizon of 2. With 3, 5 and 7 steps each tau_min keeps Euler's dt / tau under 1.
@@ -107,7 +107,9 @@ class RealLiquidCell(nn.Module):
         self.input = InputConv(in_channels, 2 * channels)  # drive and tau's logit
         self.time = nn.Linear(embedding_dim, 2 * channels, bias=False)
         self.recurrent = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        nn.init.orthogonal_(self.recurrent.weight, gain=0.8)  # a contraction: the state settles before training
+        nn.init.orthogonal_(
+            self.recurrent.weight, gain=0.8
+        )  # orthogonal rows of norm 0.8: the state starts near its drive
 
     def set_solver(self, solver: str, num_steps: int) -> None:
         """Choose how the same ODE is integrated; `dopri5` sets its own steps."""
