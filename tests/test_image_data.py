@@ -13,7 +13,7 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import image_data
+import image_folder
 from errors import UserError
 from image_data import held_out_bank, load_images, to_float, training_batch
 
@@ -167,7 +167,7 @@ def test_a_large_folder_is_memory_mapped_and_the_same(tmp_path, monkeypatch):
     for i in range(6):
         save(tmp_path / f"{i}.png", (40 * i, 0, 0))
     in_memory = load_images("folder", tmp_path)
-    monkeypatch.setattr(image_data, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(image_folder, "IN_MEMORY_BYTES", 0)
     assert torch.equal(load_images("folder", tmp_path).train, in_memory.train)
 
 
