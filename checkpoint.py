@@ -45,6 +45,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # the error of a write does not know its file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
