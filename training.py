@@ -106,16 +106,14 @@ def train(config: TrainConfig, *, resume: Path | None = None, dry_run: bool = Fa
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same bytes
             torch.use_deterministic_algorithms(True, warn_only=True)
         run = resume or checkpoint.next_run_folder(Path(config.output_dir), f"{config.model}-{config.dataset}")
-        with failures_named(run, here, "try a smaller --image-size or fewer images"), here.main_first():
+        with failures_named(run, here, "a smaller --image-size or fewer images"), here.main_first():
             data = load_images(
                 config.dataset, config.data_dir, config.image_size, skip_bad_images=config.skip_bad_images
             ).to(here.device)
         if config.class_conditional and len(data.classes) < 2:
             raise UserError(f"--class-conditional: {config.data_dir} has no classes to tell apart")
 
-        smaller = "try " + (
-            f"--batch-size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller --image-size"
-        )
+        smaller = f"--batch-size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller --image-size"
         with failures_named(run, here, smaller):
             scheduler = DDPMScheduler(config.timesteps, config.schedule, config.prediction_type)
             about = model_metadata(config, data)
@@ -154,12 +152,12 @@ def failures_named(run: Path, here: Processes, smaller: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"at once; {checkpoint.what_is_safe(run)}") from None
+        raise KeyboardInterrupt(checkpoint.what_is_safe(run)) from None
     except OSError as error:
         raise RunFailed(f"cannot write ({error}); {checkpoint.what_is_safe(run)}") from error
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise RunFailed(f"out of memory; {smaller}; {checkpoint.what_is_safe(run)}") from error
+            raise RunFailed(f"out of memory; try {smaller}; {checkpoint.what_is_safe(run)}") from error
         if here.world_size > 1 and is_lost_process(error):
             raise RunFailed(f"another process ended; {checkpoint.what_is_safe(run)}") from error
         if is_compiler_failure(error):

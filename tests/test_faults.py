@@ -163,7 +163,9 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_the_older_files_whole(tmp_path
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    refused(subprocess.CompletedProcess([], process.returncode, "", errors), "at once", str(run), code=130)
+    refused(
+        subprocess.CompletedProcess([], process.returncode, "", errors), f"{run} are those of the last save", code=130
+    )
     assert {name: (run / name).read_bytes() for name in before} == before
     assert not temporary_files(run)
 
@@ -185,13 +187,23 @@ def limited(size: int):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-@pytest.mark.parametrize("size", [200, 4_000, 100_000, 300_000], ids=["config", "metrics", "model", "checkpoint"])
-def test_a_disk_that_fills_keeps_what_was_there(size, tmp_path):
+@pytest.mark.parametrize(
+    "size, options",
+    [
+        (200, []),
+        (4_000, ["--save-every", 10_000]),
+        (5_000, ["--save-every", 10_000, "--sample-every", 5]),
+        (100_000, ["--save-every", 1]),
+        (300_000, ["--save-every", 1]),
+    ],
+    ids=["config.json", "metrics.csv", "samples", "model.safetensors", "checkpoint.pt"],
+)
+def test_a_disk_that_fills_keeps_what_was_there(size, options, tmp_path, request):
     run = trained(tmp_path, "--log-every", 1, "--steps", 2, "--sample-every", 1000)
     before = {name: (run / name).read_bytes() for name in FILES}
-    options = ["--resume", run, "--log-every", 1, "--save-every", 10_000 if size == 4_000 else 1, "--steps", 200]
+    options = ["--resume", run, "--log-every", 1, "--steps", 200, *options]
     done = run_command("train.py", *options, prepare=limited(size))
-    refused(done, "train.py: failed: cannot write", str(run), "--resume", code=1)
+    refused(done, "train.py: failed: cannot write", request.node.callspec.id, "--resume", code=1)
     after = {name: (run / name).read_bytes() for name in FILES}
     assert after["checkpoint.pt"] == before["checkpoint.pt"]
     assert after["model.safetensors"] == before["model.safetensors"]

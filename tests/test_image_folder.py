@@ -26,13 +26,16 @@ def test_folder_takes_any_image_and_names_classes_by_folder(tmp_path):
     save(tmp_path / "dog" / "deeper" / "ünïcode 犬.webp", (1, 2, 3), lossless=True)
     save(tmp_path / "dog" / "alpha.png", (9, 9, 9, 255), mode="RGBA")
     Image.fromarray(np.full((40, 40), 0x8000, np.uint16)).save(tmp_path / "dog" / "sixteen.png")
+    palette = Image.new("P", (40, 40), 1)
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    palette.save(tmp_path / "dog" / "palette.gif")
     (tmp_path / "notes.txt").write_text("no image")
     data = load_images("folder", tmp_path)
     assert data.classes == ("cat", "deeper", "dog")
     images = torch.cat([data.train, data.held_out])
-    assert images.shape == (5, 3, 32, 32)
+    assert images.shape == (6, 3, 32, 32)
     assert {tuple(image[:, 16, 16].tolist()) for image in images} == {
-        (10, 20, 30), (77, 77, 77), (1, 2, 3), (9, 9, 9), (127, 127, 127),
+        (10, 20, 30), (77, 77, 77), (1, 2, 3), (9, 9, 9), (127, 127, 127), (200, 100, 50),
     }  # fmt: skip
 
 

@@ -269,7 +269,8 @@ BAD_FLAGS = [
 
 
 @pytest.mark.parametrize("flag, value", BAD_FLAGS)
-def test_a_bad_value_is_refused_by_its_flag(flag, value):
+def test_a_bad_value_is_refused_by_its_flag_before_any_data_are_read(flag, value, monkeypatch):
+    monkeypatch.setattr("image_data._load_digits", lambda: pytest.fail("the data were read"))
     error = refusal(["--dataset", "digits", flag, value])
     assert flag in error and value in error
 
