@@ -30,6 +30,17 @@ MODEL_FILE, RESUME_FILE, CONFIG_FILE = "model.safetensors", "checkpoint.pt", "co
 
 
 @contextmanager
+def errors_named(path: Path) -> Iterator[None]:
+    """Let the OSError of a write say which file it was: of itself it knows only that the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, for the block to write; renamed to `path` at its end, removed if it raises.
 
@@ -41,13 +52,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
             left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # the error of a write does not know its file
-        raise
+        with errors_named(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -76,9 +85,10 @@ def save_run(run: Path, tensors: dict[str, Tensor], config: dict[str, Any], stat
     tensors, config: as for `save_model`; state: what the run needs to go on, tensors and plain values only.
     `checkpoint.pt` is renamed last: the step that it has reached has its weights in `model.safetensors`.
     """
-    with atomic_path(run / RESUME_FILE) as resume, atomic_path(run / MODEL_FILE) as model:
+    with atomic_path(run / RESUME_FILE) as resume:
         _write_resume(resume, state)
-        _write_model(model, tensors, config)
+        with atomic_path(run / MODEL_FILE) as model:
+            _write_model(model, tensors, config)
 
 
 def _write_model(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoint import atomic_path
+from checkpoint import atomic_path, errors_named
 from errors import UserError
 from pictures import save_grid, save_loss_curves
 
@@ -42,8 +42,9 @@ class RunLog:
 
     def row(self, step: int, **values: float) -> None:
         """One line of `metrics.csv`; a column that is not given stays empty."""
-        self.writer.writerow({"step": step} | {name: f"{value:.8g}" for name, value in values.items()})
-        self.file.flush()
+        with errors_named(self.metrics):
+            self.writer.writerow({"step": step} | {name: f"{value:.8g}" for name, value in values.items()})
+            self.file.flush()
         if self.events is not None:
             for name in values.keys() & {"loss", "lr", "held_out_loss"}:
                 self.events.add_scalar(name, values[name], step)
@@ -67,7 +68,8 @@ class RunLog:
         return self
 
     def __exit__(self, *_) -> None:
-        self.file.close()
+        with errors_named(self.metrics):
+            self.file.close()  # which tries again what could not be written
         if self.events is not None:
             self.events.close()
 

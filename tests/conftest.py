@@ -1,11 +1,14 @@
 """Runs of the real commands, from the shell's point of view."""
 
 import contextlib
+import importlib
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +44,34 @@ def run_command(script: Path | str, *arguments, prepare=None, cwd=None, **enviro
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def _forked(argv: list[str], output: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = argv
+    command_line.run(argv[0], importlib.import_module(argv[0].removesuffix(".py")).main)
+
+
+def start_forked(script: str, *arguments, output: Path) -> multiprocessing.Process:
+    """As `start_command`, without the seconds of the imports: a process forked from one that has done them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "train", "sklearn.datasets", "matplotlib.figure", "torch._dynamo"])
+    process = context.Process(target=_forked, args=([script, *map(str, arguments)], output))
+    process.start()
+    return process
+
+
+def wait_for(condition, process) -> None:
+    """Wait until the condition holds, as long as the process runs."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        ended = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+        assert ended is None, ended
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def train_tiny(output_dir: Path, *arguments) -> Path:
