@@ -44,7 +44,7 @@ def parser() -> Parser:
     p.add_argument("--seed", type=integer(0), default=0, help="image i follows from seed + i; and all other choices")
     p.add_argument("--batch-size", type=integer(1), default=64, help="images at once")
     p.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu")
-    p.add_argument("--fid", action="store_true", help="FID and KID against all training images, by torch-fidelity")
+    p.add_argument("--fid", action="store_true", help="FID and KID against all training images; hours on a CPU")
     p.add_argument("--output", metavar="JSON", help="(default: evaluation.json in the run folder, or beside the file)")
     return p
 

@@ -18,7 +18,8 @@ import inception_distances
 import train
 from checkpoint import read_model, save_model
 from diffusion import sample_images
-from image_data import held_out_bank, load_images
+from image_data import held_out_bank, load_images, to_float
+from likelihood import variational_bound
 from models import load_model
 from neighbours import nearest
 from sliced_wasserstein import sliced_wasserstein
@@ -223,6 +224,11 @@ def test_a_model_with_classes_is_told_them_in_turns_and_measured_by_them(class_r
     samples = ((samples + 1) * 127.5).round().byte()
     distances = nearest(samples[:16], data.train, 1, mirror=True).distance[:, 0]
     assert report["nearest_training_images"]["distances"] == pytest.approx(distances.tolist(), abs=0.05)
+    shuffled = torch.randperm(len(data.held_out), generator=torch.Generator().manual_seed(0))
+    labels = data.held_out_labels[shuffled]
+    assert len(labels.unique()) == 2
+    bound = variational_bound(model, scheduler, to_float(data.held_out[shuffled]), labels).total.mean().item()
+    assert report["variational_bound"]["value"] == pytest.approx(bound, rel=1e-4)
     assert report["sampling"]["classes"] == "in turns" and list(report["sliced_wasserstein"]["value"]) == ["16"]
 
 
@@ -287,6 +293,11 @@ def test_fid_and_kid_are_those_of_their_definitions(channels, stand_in):
 def test_a_measured_fid_is_labelled(digits_run, stand_in, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "inception_weights", lambda: tmp_path / "weights.pth")
     report, out = measured("--checkpoint", digits_run, "--fid", output=tmp_path / "a.json")
+    model, scheduler, config = load_model(digits_run)
+    samples = ((sample_images(model, scheduler, config["shape"], 20, steps=3) + 1) * 127.5).round().byte()
+    data = load_images("digits", "unused")
+    again = inception_distances.inception_distances(samples, data.train, "unused", device=torch.device("cpu"))
+    assert (report["fid"]["value"], report["kid"]["value"]) == pytest.approx((again["fid"], again["kid"]), rel=1e-3)
     for name in ("fid", "kid"):
         figure = report[name]
         assert math.isfinite(figure["value"]) and figure["n"] == 20 and figure["n_reference"] == 1761

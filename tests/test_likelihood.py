@@ -151,6 +151,20 @@ def test_the_standard_error_is_the_spread_of_repetitions(scheduler):
     assert np.std(means) == pytest.approx(np.mean(errors), rel=0.2)  # 200 repetitions: 5 % is one deviation
 
 
+def test_predictions_are_clipped_to_the_range_of_images_as_the_sampler_does(scheduler):
+    """With images that are all white, a denoiser that overshoots is exact: no error is left."""
+
+    class Overshoots(Linear):
+        def forward(self, x, t, state=None):
+            alpha, sigma = self.scheduler.at("alpha", t, x), self.scheduler.at("sigma", t, x)
+            return (x - alpha * 1.5) / sigma  # x_0 = 1.5
+
+    bound = variational_bound(Overshoots(scheduler, S), scheduler, torch.ones(4, 1, 4, 4, dtype=torch.float64))
+    assert bound.kl.abs().max() == 0
+    chance = stats.norm.sf(-1 / 255, scale=math.sqrt(posterior(1)[2]))
+    assert bound.decoder.numpy() == pytest.approx(-math.log2(chance))
+
+
 @pytest.mark.parametrize("prediction_type, dtype", [("v", torch.float32), ("edm", torch.float64)])
 def test_the_bound_is_that_of_the_model_whatever_its_prediction_type_and_precision(prediction_type, dtype, scheduler):
     other = DDPMScheduler(T, "linear", prediction_type)
