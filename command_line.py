@@ -4,13 +4,18 @@
 """
 
 import argparse
+import contextlib
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from errors import RunFailed, UserError
+
+# closing the terminal sends SIGHUP; Windows has none
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -20,7 +25,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with `--help` that shows defaults, one-line errors, and `--batch_size` accepted for `--batch-size`."""
+    """argparse with `--help` that shows defaults, UserError for errors, and `--batch_size` for `--batch-size`."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
@@ -29,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args([_hyphens(arg) for arg in (sys.argv[1:] if args is None else args)], namespace)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.removeprefix('argument ').split())}\n")
+        raise UserError(message.removeprefix("argument "))
 
     def given(self, args: Sequence[str] | None = None) -> dict[str, object]:
         """Only the options that stand on the command line."""
@@ -41,6 +46,12 @@ class Parser(argparse.ArgumentParser):
         finally:
             for action, default in defaults.items():
                 action.default = default
+
+    def check(self, values: dict[str, object]) -> None:
+        """Check options that come from a file as if they stood on the command line. Raises UserError."""
+        flags = [(f"--{name.replace('_', '-')}", value) for name, value in values.items()]
+        on = [flag for flag, value in flags if value is True]
+        self.parse_args([*on, *(f"{flag}={value}" for flag, value in flags if value not in (None, True, False))])
 
 
 def _hyphens(arg: str) -> str:
@@ -82,31 +93,42 @@ def number(kind: str, allowed: Callable[[float], bool]) -> Callable[[str], float
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list into which the first SIGINT or SIGTERM is put; a second one acts as if nothing had caught it."""
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, _frame) -> None:
-        received.append(number)
-        restore()
-
-    for number in before:
-        signal.signal(number, note)
+def _handled_by(handler: Callable) -> Iterator[None]:
+    """Handle the stop signals so; one that is ignored, as `nohup` has SIGHUP ignored, stays ignored."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    caught = [number for number, previous in before.items() if previous is not signal.SIG_IGN]
+    for number in caught:
+        signal.signal(number, handler)
     try:
-        yield received
+        yield
     finally:
-        restore()
+        for number in caught:
+            signal.signal(number, before[number])
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list into which the first stop signal is put; a second one raises KeyboardInterrupt where it arrives."""
+    received: list[int] = []
+
+    def note(number: int, frame) -> None:
+        if received:
+            signal.default_int_handler(number, frame)
+        received.append(number)
+
+    with _handled_by(note):
+        yield received
 
 
 def run(prog: str, main: Callable[[], None]) -> None:
     """Call main() and leave the process with the exit code of how it ended, one line on stderr if badly."""
+    sys.excepthook = sys.__excepthook__  # what `interrupted_import` guards is over
+    if sys.stdout.errors == "strict":  # a name that the terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        main()
+        with _handled_by(signal.default_int_handler):
+            main()
+            sys.stdout.flush()
     except UserError as error:
         _leave(2, f"{prog}: error: {error}")
     except RunFailed as error:
@@ -114,10 +136,17 @@ def run(prog: str, main: Callable[[], None]) -> None:
     except KeyboardInterrupt as interrupt:
         _leave(130, f"{prog}: interrupted{f': {interrupt}' if str(interrupt) else ''}")
     except BrokenPipeError:  # the reader of our output went away, as `head` does
-        sys.stderr.close()
-        sys.exit(1)
+        _leave(1)
+    except OSError as error:  # such as output redirected to a full disk
+        _leave(1, f"{prog}: failed: {error}")
 
 
-def _leave(code: int, message: str) -> None:
-    print(" ".join(message.split()), file=sys.stderr)
+def _leave(code: int, message: str = "") -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        if message:
+            print(" ".join(message.split()), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # said above; the interpreter would say it again on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

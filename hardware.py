@@ -95,3 +95,20 @@ def join_processes(device_name: str) -> Iterator[Processes]:
         yield Processes(device, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
     finally:
         dist.destroy_process_group()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or NumPy raised this for want of memory, on a CPU or on a GPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("can't allocate memory", "out of memory")
+    )
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective raised this because another process of the group is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo raises nothing of its own
+
+
+def is_compiler_failure(error: RuntimeError) -> bool:
+    """Whether torch.compile raised this, for want of a compiler for instance."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))

@@ -6,25 +6,22 @@
 There is no loader state: batch `number` is the same after a resume, in any number of processes, and for every model.
 """
 
-import tempfile
-import warnings
-from collections.abc import Sequence
+import pickle
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from errors import UserError
+from image_folder import load_image_folder
 
 HELD_OUT_STRIDE = 50  # without a test split of its own, every fiftieth image of a set is held out
-IN_MEMORY_BYTES = 4 << 30  # a larger folder of images goes to a memory-mapped temporary file
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 BANK_SIZE = 2000
 NO_LABEL_SHARE = 0.1  # labels dropped in training, for classifier-free guidance (Ho & Salimans 2022, table 1)
 
@@ -49,6 +46,7 @@ class ImageData:
     held_out_labels: Tensor
     classes: tuple[str, ...]
     mirror: bool  # flip images at random in training
+    skipped: tuple[str, ...] = ()  # images of a folder that could not be read, and why
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,27 +59,31 @@ class ImageData:
         return ImageData(**{**self.__dict__, "train": self.train.to(device)})
 
 
-def load_images(name: str, data_dir: str | Path, image_size: int | None = None) -> ImageData:
+def load_images(
+    name: str, data_dir: str | Path, image_size: int | None = None, *, skip_bad_images: bool = False
+) -> ImageData:
     """Load a data set, downloading it into `data_dir` if it is one of `DOWNLOADS` and not there.
 
     image_size: resize to squares of that many pixels; None keeps the set's own size (32 for a folder).
+    skip_bad_images: leave out the images of a folder that cannot be read instead of refusing them.
     Raises UserError for an unknown name, a size that 4 does not divide, and data that is missing or unreadable.
     """
     if name not in DATASETS:
         raise UserError(f"--dataset: must be one of {', '.join(DATASETS)}, got {name!r}")
     if image_size is not None and (image_size < 4 or image_size % 4):
         raise UserError(f"--image-size: must be a positive multiple of 4, got {image_size}")
+    skipped = ()
     if name == "folder":
-        train, held_out, classes = _load_folder(Path(data_dir), image_size or 32)
+        folder = load_image_folder(Path(data_dir), image_size or 32, skip_bad_images=skip_bad_images)
+        splits, classes, skipped = folder.splits, folder.classes, folder.skipped
     elif name == "digits":
-        train, held_out, classes = _load_digits()
+        splits, classes = _load_digits()
     else:
-        train, held_out, classes = _download(name, Path(data_dir))
-    if held_out is None:
-        train, held_out = _hold_out(*train)
+        splits, classes = _download(name, Path(data_dir))
+    train, held_out = splits if len(splits) == 2 else _hold_out(*splits[0])
     if image_size is not None:
         train, held_out = ((_resize(images, image_size), labels) for images, labels in (train, held_out))
-    return ImageData(name, *train, *held_out, tuple(classes), mirror=name in MIRRORED)
+    return ImageData(name, *train, *held_out, tuple(classes), name in MIRRORED, skipped)
 
 
 def _hold_out(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -96,19 +98,53 @@ def _hold_out(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tu
 
 def _download(name: str, data_dir: Path):
     dataset, archive = DOWNLOADS[name]
+    wanted = data_dir / archive
     try:
-        splits = [dataset(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:  # torchvision raises either, by the way in which the host fails
+        return _load_cifar10(data_dir) if name == "cifar10" else _load_mnist(dataset, data_dir)
+    except Exception as error:  # torchvision raises nearly anything, by the way in which the host or the file fails
+        found = "is cut short or damaged" if wanted.is_file() else "not found"
         raise UserError(
-            f"{data_dir / archive}: not found and not downloadable ({_one_line(error)}); "
-            "place it there or use --dataset digits"
+            f"{wanted}: {found} and not downloadable ({_one_line(error)}); place it there or use --dataset digits"
         ) from error
-    pairs = []
-    for split in splits:
-        images = torch.from_numpy(np.asarray(split.data))  # (N, H, W, C) or (N, H, W)
-        images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
-        pairs.append((images.contiguous(), torch.as_tensor(split.targets)))
-    return *pairs, splits[0].classes
+
+
+def _load_mnist(dataset: type, data_dir: Path):
+    splits = [dataset(data_dir, train=train, download=True) for train in (True, False)]
+    return [(split.data[:, None].contiguous(), torch.as_tensor(split.targets)) for split in splits], splits[0].classes
+
+
+class _PlainPickle(pickle.Unpickler):
+    """Reads plain values and NumPy arrays. Whatever else a pickle may name, and so run, is refused."""
+
+    ALLOWED: ClassVar = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
+
+    def find_class(self, module: str, name: str) -> object:
+        if module.split(".")[0] != "numpy" or name not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not data")
+        return self.ALLOWED[name]
+
+
+def _load_cifar10(data_dir: Path):
+    """torchvision downloads and verifies; its own reader would let the pickles of the set run code."""
+    cifar10 = torchvision.datasets.CIFAR10
+    files = [*cifar10.train_list, *cifar10.test_list, [cifar10.meta["filename"], cifar10.meta["md5"]]]
+    paths = {file: data_dir / cifar10.base_folder / file for file, _ in files}
+    if not all(check_integrity(paths[file], md5) for file, md5 in files):
+        download_and_extract_archive(cifar10.url, data_dir, filename=cifar10.filename, md5=cifar10.tgz_md5)
+        wrong = [str(paths[file]) for file, md5 in files if not check_integrity(paths[file], md5)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is damaged")
+
+    def read(file: str) -> dict:
+        with open(paths[file], "rb") as stream:
+            return _PlainPickle(stream, encoding="latin1").load()
+
+    splits = []
+    for split in (cifar10.train_list, cifar10.test_list):
+        batches = [read(file) for file, _ in split]
+        images = torch.from_numpy(np.concatenate([batch["data"] for batch in batches])).view(-1, 3, 32, 32)
+        splits.append((images, torch.tensor([label for batch in batches for label in batch["labels"]])))
+    return splits, read(cifar10.meta["filename"])[cifar10.meta["key"]]
 
 
 def _load_digits():
@@ -117,7 +153,7 @@ def _load_digits():
 
     digits = load_digits()
     images = torch.from_numpy(digits.images / 16 * 255).round().to(torch.uint8)[:, None]  # values are 0..16
-    return (images, torch.from_numpy(digits.target).long()), None, [str(i) for i in range(10)]
+    return [(images, torch.from_numpy(digits.target).long())], [str(i) for i in range(10)]
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
@@ -126,56 +162,6 @@ def _resize(images: Tensor, size: int) -> Tensor:
     resize = torchvision.transforms.functional.resize
     bicubic = torchvision.transforms.InterpolationMode.BICUBIC
     return torch.cat([resize(chunk, [size, size], bicubic, antialias=True) for chunk in images.split(4096)])
-
-
-def _load_folder(root: Path, size: int):
-    """A folder of images, searched recursively, or one that holds `train/` and `test/`; classes are folder names."""
-    if not root.is_dir():
-        raise UserError(f"--data-dir: {root} is not a folder")
-    has_test = (root / "train").is_dir() and (root / "test").is_dir()
-    roots = [root / "train", root / "test"] if has_test else [root]
-    paths = [_image_paths(folder) for folder in roots]
-    # an image that lies in no folder of its own takes the name of the data set's, in both splits
-    names = [[(path.parent if path.parent not in roots else root.resolve()).name for path in split] for split in paths]
-    classes = sorted({name for split in names for name in split})
-    splits = [
-        (_read_images(split, size), torch.tensor([classes.index(name) for name in split_names]))
-        for split, split_names in zip(paths, names, strict=True)
-    ]
-    return splits[0], splits[1] if has_test else None, classes
-
-
-def _image_paths(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not paths:
-        raise UserError(f"--data-dir: no images in {folder}")
-    return paths
-
-
-def _read_images(paths: Sequence[Path], size: int) -> Tensor:
-    shape = (len(paths), 3, size, size)
-    if np.prod(shape) > IN_MEMORY_BYTES:
-        images = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=shape)  # noqa: SIM115 - the map holds it
-    else:
-        images = np.empty(shape, np.uint8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # a huge image is refused, not decoded
-        for i, path in enumerate(tqdm(paths, "reading images", unit="image", delay=2, leave=False)):
-            images[i] = _read_image(path, size)
-    return torch.from_numpy(images)
-
-
-def _read_image(path: Path, size: int) -> np.ndarray:
-    """One image as uint8 (3, size, size): upright, short side resized, centre crop."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            ImageOps.exif_transpose(image, in_place=True)
-            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UserError(f"--data-dir: cannot read {path}: {_one_line(error)}") from error
-    return np.asarray(square).transpose(2, 0, 1)
 
 
 def _one_line(error: Exception) -> str:

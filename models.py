@@ -41,9 +41,12 @@ def load_model(path: Path) -> tuple[nn.Module, DDPMScheduler, dict[str, Any]]:
         model = build_model(config["model"], **config["model_config"])
         model.load_state_dict(tensors)
         scheduler = DDPMScheduler(config["timesteps"], config["schedule"], config["prediction_type"])
-        if not {"shape", "classes"} <= config.keys():  # what the commands draw by
-            raise KeyError("no shape or classes")
-    except (KeyError, RuntimeError, TypeError) as error:
+        channels, height, width = config["shape"]  # what the commands draw by
+        if channels != config["model_config"]["in_channels"] or not all(isinstance(n, int) for n in (height, width)):
+            raise ValueError(f"images of shape {config['shape']}")
+        if len(config["classes"]) < model.num_classes:
+            raise ValueError(f"{len(config['classes'])} names for {model.num_classes} classes")
+    except Exception as error:  # a config that another program wrote may be anything
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: its weights do not fit its config ({reason})") from error
     return model.eval(), scheduler, config

@@ -31,10 +31,7 @@ class RunLog:
     def __init__(self, folder: Path, *, step: int = 0, tensorboard: bool = False):
         self.folder = folder
         self.metrics = folder / "metrics.csv"
-        kept = []
-        if self.metrics.exists():
-            with open(self.metrics, newline="") as file:
-                kept = [row for row in csv.DictReader(file) if row["lr"] and int(row["step"]) <= step]
+        kept = _complete_rows(self.metrics, step) if self.metrics.exists() else []
         with atomic_path(self.metrics) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
@@ -51,6 +48,11 @@ class RunLog:
             for name in values.keys() & {"loss", "lr", "held_out_loss"}:
                 self.events.add_scalar(name, values[name], step)
 
+    def flush(self) -> None:
+        """See to it that all rows are on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
     def grid(self, step: int, images: Tensor) -> None:
         """A PNG of sampled images (N, C, H, W) in [-1, 1]."""
         folder = self.folder / "samples"
@@ -65,8 +67,18 @@ class RunLog:
         return self
 
     def __exit__(self, *_) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
         self.file.close()
         if self.events is not None:
             self.events.close()
+
+
+def _complete_rows(metrics: Path, last: int) -> list[dict[str, str]]:
+    """The rows of the steps up to `last`. A last line that a killed run did not finish is no row."""
+    try:
+        *lines, _ = metrics.read_text(encoding="utf-8").split("\n")
+        rows = list(csv.DictReader(lines))
+        if any(row.keys() != set(COLUMNS) or None in row.values() for row in rows):
+            raise ValueError("a line has other columns")
+        return [row for row in rows if int(row["step"]) <= last]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{metrics}: not the metrics of a run ({error}); move it away to start a new one") from error

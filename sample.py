@@ -5,17 +5,21 @@ python sample.py --checkpoint runs/00003-true-cifar10 --num-images 64 --steps 50
 python sample.py --checkpoint RUN --classes horse,ship --guidance 2
 """
 
+import interrupted_import  # noqa: F401  # isort: skip
+
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoint import check_writable
 from command_line import Parser, integer, number, run
-from diffusion import SAMPLERS, sample_images
+from diffusion import SAMPLERS, DDPMScheduler, sample_images
 from errors import RunFailed, UserError
-from hardware import DEVICES, choose_device
+from hardware import DEVICES, choose_device, is_out_of_memory
 from liquid_diffusion import SOLVERS, TrueLiquidDiffusionModel
 from models import load_model
 from pictures import save_gif, save_grid
@@ -27,7 +31,7 @@ def parser() -> Parser:
     """All flags."""
     p = Parser(prog="sample.py", description="Draw images from a trained model.")
     p.add_argument("--checkpoint", default=str(PUBLISHED), help="a run folder or a model.safetensors")
-    p.add_argument("--num-images", type=integer(1), default=64, help="how many to draw")
+    p.add_argument("--num-images", type=integer(1, 10**6), default=64, help="how many to draw")
     p.add_argument("--output", default="samples.png", metavar="PNG", help="the grid")
     p.add_argument("--gif", metavar="GIF", help="an animation of the denoising")
     p.add_argument("--sampler", choices=SAMPLERS, default="dpmpp", help="how to go from noise to image")
@@ -38,7 +42,7 @@ def parser() -> Parser:
         "--eta", type=number("from 0 to 1", lambda v: 0 <= v <= 1), default=0.0, help="noise of ddim: 0 none, 1 as ddpm"
     )
     p.add_argument("--seed", type=integer(0), default=0, help="image i follows from seed + i")
-    p.add_argument("--batch-size", type=integer(1), default=64, help="images at once; does not change them")
+    p.add_argument("--batch-size", type=integer(1, 10**6), default=64, help="images at once; does not change them")
     p.add_argument("--classes", help="names or numbers, comma-separated, taken in turns; for a class-conditional model")
     p.add_argument(
         "--guidance",
@@ -85,18 +89,34 @@ def main() -> None:
     gif = picture_path("--gif", args.gif, ".gif") if args.gif else None
     model.to(device, memory_format=torch.channels_last)
 
+    try:
+        images, frames = draw(args, model, scheduler, config["shape"], labels)
+        write(output, lambda: save_grid(images, output))
+        if gif is not None:
+            write(gif, lambda: save_gif(frames, gif))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        half = min(args.batch_size, args.num_images) // 2
+        raise RunFailed(f"out of memory; try {f'--batch-size {half}' if half else 'a smaller model'}") from error
+
+
+def draw(
+    args: argparse.Namespace, model: nn.Module, scheduler: DDPMScheduler, shape: list[int], labels: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """(images, frames): what was drawn, and, if a GIF is wanted, each step's x_0; all (N, C, H, W)."""
     frames: list[list[Tensor]] = [[] for _ in range(args.steps)]  # by step, the batches' x_0
     with tqdm(total=args.num_images * args.steps, unit="call", unit_scale=True, mininterval=0.5) as bar:
 
         def on_step(step: int, x_0: Tensor) -> None:
-            if gif is not None:
+            if args.gif:
                 frames[step].append(x_0.cpu())
             bar.update(len(x_0))
 
         images = sample_images(
             model,
             scheduler,
-            config["shape"],
+            shape,
             args.num_images,
             sampler=args.sampler,
             steps=args.steps,
@@ -107,9 +127,7 @@ def main() -> None:
             guidance=args.guidance,
             on_step=on_step,
         )
-    write(output, lambda: save_grid(images, output))
-    if gif is not None:
-        write(gif, lambda: save_gif([torch.cat(batches) for batches in frames], gif))
+    return images, [torch.cat(batches) for batches in frames] if args.gif else []
 
 
 def chosen_labels(classes: str | None, names: list[str], num_classes: int, num_images: int) -> Tensor | None:
@@ -137,12 +155,13 @@ def picture_path(flag: str, name: str, suffix: str) -> Path:
     path = Path(name)
     if path.suffix.lower() != suffix:
         raise UserError(f"{flag}: the file's name must end in {suffix}, got {name}")
-    if path.is_dir():
-        raise UserError(f"{flag}: {path} is a folder; name a file in it")
+    check_writable(path.parent, flag)
     try:
+        if path.is_dir():
+            raise UserError(f"{flag}: {path} is a folder; name a file in it")
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{flag}: cannot make the folder {path.parent} ({error.strerror})") from error
+        raise UserError(f"{flag}: cannot write {path} ({error.strerror})") from error
     return path
 
 
@@ -151,7 +170,7 @@ def write(path: Path, save: Callable[[], None]) -> None:
     try:
         save()
     except OSError as error:
-        raise RunFailed(f"cannot write {path} ({error.strerror}); nothing was changed") from error
+        raise RunFailed(f"cannot write {path} ({error.strerror or error}); nothing was changed") from error
     print(path)
 
 

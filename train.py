@@ -7,17 +7,19 @@ python train.py --resume                               # go on with the latest r
 torchrun --nproc-per-node=2 train.py                   # the same run in two processes
 """
 
+import interrupted_import  # noqa: F401  # isort: skip
+
 from dataclasses import fields
 from pathlib import Path
 
-from checkpoint import read_config, run_folders
+from checkpoint import CONFIG_FILE, read_config, run_folders
 from command_line import Parser, integer, number, run
 from diffusion import PREDICTION_TYPES, SCHEDULES
 from errors import UserError
 from hardware import DEVICES, PRECISIONS
 from image_data import DATASETS
 from liquid_diffusion import STEP_SHARE
-from models import MODELS
+from models import MODELS, build_model
 from training import TrainConfig, train
 
 # what a resumed run may change: how long, where and how loudly, not what is learned from what
@@ -83,6 +85,9 @@ def parser() -> Parser:
         help="steps between grids and held-out losses",
     )
     p.add_argument("--save-every", type=integer(1), default=default["save_every"], help="steps between saves")
+    p.add_argument(
+        "--skip-bad-images", action="store_true", help="leave out images of `folder` that cannot be read, and say which"
+    )
     p.add_argument("--tensorboard", action="store_true", help="write TensorBoard events beside metrics.csv")
     p.add_argument(
         "--resume", nargs="?", const="latest", metavar="RUN", help="go on with a run folder (default: the latest)"
@@ -123,11 +128,14 @@ def resumed(given: dict, output_dir: Path) -> tuple[TrainConfig, Path]:
     else:
         folder = Path(given["resume"])
         folder = folder.parent if folder.is_file() else folder
+    record = read_config(folder)
     try:
-        saved = TrainConfig(**read_config(folder)["train"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'}: not the config of a run ({error})") from None
-    before = vars(saved) | {"solver": saved.model_config.get("solver")}
+        saved = TrainConfig(**record["train"])
+        before = vars(saved) | {"solver": saved.model_config.get("solver")}
+        parser().check({name: value for name, value in before.items() if name != "model_config"})
+        build_model(saved.model, **{"in_channels": 3, **saved.model_config})
+    except (AttributeError, KeyError, TypeError, UserError) as error:
+        raise UserError(f"{folder / CONFIG_FILE}: not the config of a run ({error})") from None
     same = {"resume", "dry_run"} | ({"precision"} if given.get("precision") == "auto" else set())
     for name in given.keys() - CHANGEABLE - same:
         if given[name] != before[name]:

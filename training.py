@@ -10,31 +10,38 @@ import os
 import platform
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import checkpoint
 from command_line import stop_signals
 from diffusion import DDPMScheduler, sample_images
 from errors import RunFailed, UserError
-from hardware import Processes, choose_precision, join_processes
+from hardware import (
+    Processes,
+    choose_precision,
+    is_compiler_failure,
+    is_lost_process,
+    is_out_of_memory,
+    join_processes,
+)
 from image_data import Batch, ImageData, held_out_bank, load_images, training_batch
 from models import build_model, count_parameters, multiply_adds
 from run_log import RunLog, tensorboard_writer
+from train_state import TrainState
 
 WARM_UP_STEPS = 200
 FINAL_LR_SHARE = 0.02  # of the peak, where the cosine ends
-BETAS = (0.9, 0.99)
-WEIGHT_DECAY = 0.01
 GRADIENT_NORM = 1.0
 GRID_IMAGES = 64
+SKIPPED_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class TrainConfig:
     sample_every: int = 5000
     save_every: int = 1000
     tensorboard: bool = False
+    skip_bad_images: bool = False
 
     def total_steps(self, num_images: int) -> int | None:
         """Optimizer steps of the run over `num_images`; None if it is bounded by minutes."""
@@ -79,73 +87,6 @@ def learning_rate(peak: float, step: int, progress: float) -> float:
     return peak * min(1, (step + 1) / WARM_UP_STEPS) * cosine
 
 
-def ema_decay(longest: float, step: int) -> float:
-    """The decay of the weights' moving average: short at first, so that a short run's average is of trained weights."""
-    return min(longest, (1 + step) / (10 + step))
-
-
-class State:
-    """What changes in a run, and what `checkpoint.pt` holds."""
-
-    def __init__(self, model: nn.Module, config: TrainConfig):
-        self.model = model
-        self.ema = AveragedModel(
-            model,
-            multi_avg_fn=lambda average, now, _: torch._foreach_lerp_(
-                average, now, 1 - ema_decay(config.ema_decay, self.step)
-            ),
-        )
-        self.optimizer = torch.optim.AdamW(model.parameters(), config.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-        self.step = 0
-        self.seconds = 0.0
-        # since the last log line; the sum stays on the device, where adding to it does not wait for the step
-        self.loss_sum = torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
-        self.loss_steps = 0
-
-    def mean_loss(self, here: Processes, run: Path) -> float:
-        """The loss since the last log line, over all processes. Raises RunFailed if it or a weight is not finite."""
-        loss = here.total(self.loss_sum).item() / self.loss_steps
-        wrong = f"the loss is {loss}"
-        if math.isfinite(loss) and not all(torch.isfinite(p).all() for p in self.model.parameters()):
-            wrong = "a weight is not finite"
-        elif math.isfinite(loss):
-            return loss
-        safe = "nothing was saved yet"
-        if (run / checkpoint.RESUME_FILE).exists():
-            safe = f"the files in {run} are those of the last save"
-        raise RunFailed(f"{wrong} at step {self.step}; {safe}; try a lower --lr")
-
-    def reset_loss(self) -> None:
-        """Start the next log line's mean."""
-        self.loss_sum.zero_()
-        self.loss_steps = 0
-
-    def dump(self, here: Processes) -> dict:
-        """Tensors and plain values; losses are summed over the processes, so that any number of them can go on."""
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "loss_sum": here.total(self.loss_sum),
-            "loss_steps": self.loss_steps,
-        }
-
-    def restore(self, path: Path, here: Processes) -> None:
-        """Go on from what `dump` gave. Raises UserError, naming the file, if it is not a checkpoint of this model."""
-        saved = checkpoint.read_resume(path)
-        try:
-            for part in ("model", "ema", "optimizer"):
-                getattr(self, part).load_state_dict(saved[part])
-            self.step, self.seconds, self.loss_steps = saved["step"], saved["seconds"], saved["loss_steps"]
-            if here.is_main:
-                self.loss_sum.copy_(saved["loss_sum"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{path}: does not fit the config.json beside it ({reason})") from error
-
-
 def train(config: TrainConfig, *, resume: Path | None = None, dry_run: bool = False) -> Path | None:
     """Train one model; returns its run folder, or None after a dry run, which does all but the training.
 
@@ -154,52 +95,49 @@ def train(config: TrainConfig, *, resume: Path | None = None, dry_run: bool = Fa
     """
     if config.tensorboard:
         tensorboard_writer()  # fail before the data is read, not after
+    if resume is not None:
+        checkpoint.check_writable(resume, "--resume")
+    elif not dry_run:
+        checkpoint.check_writable(Path(config.output_dir), "--output-dir")
     with join_processes(config.device) as here:
         if config.batch_size < here.world_size:
             raise UserError(f"--batch-size: must be at least the {here.world_size} processes, got {config.batch_size}")
         if here.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same bytes
             torch.use_deterministic_algorithms(True, warn_only=True)
-        with here.main_first():
-            data = load_images(config.dataset, config.data_dir, config.image_size).to(here.device)
+        run = resume or checkpoint.next_run_folder(Path(config.output_dir), f"{config.model}-{config.dataset}")
+        with failures_named(run, here, "a smaller --image-size or fewer images"), here.main_first():
+            data = load_images(
+                config.dataset, config.data_dir, config.image_size, skip_bad_images=config.skip_bad_images
+            ).to(here.device)
         if config.class_conditional and len(data.classes) < 2:
             raise UserError(f"--class-conditional: {config.data_dir} has no classes to tell apart")
-        scheduler = DDPMScheduler(config.timesteps, config.schedule, config.prediction_type)
-        rebuild = {
-            "model": config.model,
-            "model_config": {
-                "in_channels": data.shape[0],
-                "num_classes": len(data.classes) if config.class_conditional else 0,
-                **config.model_config,
-            },
-            **{key: getattr(config, key) for key in ("timesteps", "schedule", "prediction_type", "dataset")},
-            "shape": list(data.shape),
-            "classes": list(data.classes),
-        }
-        torch.manual_seed(config.seed)
-        model = build_model(config.model, **rebuild["model_config"])
-        model.to(here.device, memory_format=torch.channels_last)
-        if config.precision == "auto":
-            config = replace(config, precision=measured_precision(model, scheduler, data, config, here))
-        state = State(model, config)
-        if resume is not None:
-            state.restore(resume / checkpoint.RESUME_FILE, here)
 
-        run = resume or checkpoint.next_run_folder(Path(config.output_dir), f"{config.model}-{config.dataset}")
-        if here.is_main:
-            if resume is None and not dry_run:
-                run = checkpoint.make_run_folder(run.parent, f"{config.model}-{config.dataset}")
-            print(description(config, data, model, here, run), flush=True)
-        if dry_run:
-            return None
-        try:
+        smaller = f"--batch-size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller --image-size"
+        with failures_named(run, here, smaller):
+            scheduler = DDPMScheduler(config.timesteps, config.schedule, config.prediction_type)
+            about = model_metadata(config, data)
+            torch.manual_seed(config.seed)
+            model = build_model(config.model, **about["model_config"])
+            model.to(here.device, memory_format=torch.channels_last)
+            if config.precision == "auto":
+                config = replace(config, precision=measured_precision(model, scheduler, data, config, here))
+            state = TrainState(model, about, config.lr, config.ema_decay)
+            if resume is not None:
+                state.restore(run, here)
+        if here.is_main and resume is None and not dry_run:
+            run = checkpoint.make_run_folder(run.parent, f"{config.model}-{config.dataset}")
+        with failures_named(run, here, smaller):
+            if here.is_main:
+                print(description(config, data, model, here, run), flush=True)
+            if dry_run:
+                return None
             if here.is_main:
                 versions = {"python": platform.python_version(), "torch": torch.__version__}
-                record = {"train": asdict(config), "model": rebuild, "versions": versions, "command": sys.argv}
+                record = {"train": asdict(config), "model": about, "versions": versions, "command": sys.argv}
+                record |= {"skipped_images": data.skipped} if data.skipped else {}
                 checkpoint.save_json(run / checkpoint.CONFIG_FILE, record)
-            finished = loop(config, data, scheduler, state, here, run, rebuild)
-        except OSError as error:
-            raise RunFailed(f"cannot write ({error}); the files in {run} are those of the last save") from error
+            finished = loop(config, data, scheduler, state, here, run)
         if not finished:
             if not here.is_main:
                 sys.exit(130)  # the main process speaks for all
@@ -208,19 +146,54 @@ def train(config: TrainConfig, *, resume: Path | None = None, dry_run: bool = Fa
         return run
 
 
+@contextmanager
+def failures_named(run: Path, here: Processes, smaller: str) -> Iterator[None]:
+    """Raise what can go wrong in the block as one line that says what is safe on disk and what to try."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(checkpoint.what_is_safe(run)) from None
+    except OSError as error:
+        raise RunFailed(f"cannot write ({error}); {checkpoint.what_is_safe(run)}") from error
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise RunFailed(f"out of memory; try {smaller}; {checkpoint.what_is_safe(run)}") from error
+        if here.world_size > 1 and is_lost_process(error):
+            raise RunFailed(f"another process ended; {checkpoint.what_is_safe(run)}") from error
+        if is_compiler_failure(error):
+            reason = str(error).split("\n")[0]
+            raise UserError(f"--compile: does not work here ({reason}); leave it out") from error
+        raise
+
+
+def model_metadata(config: TrainConfig, data: ImageData) -> dict:
+    """What `model.safetensors` says of itself: how to rebuild the model, and what it was trained on."""
+    return {
+        "model": config.model,
+        "model_config": {
+            "in_channels": data.shape[0],
+            "num_classes": len(data.classes) if config.class_conditional else 0,
+            **config.model_config,
+        },
+        **{key: getattr(config, key) for key in ("timesteps", "schedule", "prediction_type", "dataset")},
+        "shape": list(data.shape),
+        "classes": list(data.classes),
+        "training_images": len(data.train),
+    }
+
+
 def loop(
     config: TrainConfig,
     data: ImageData,
     scheduler: DDPMScheduler,
-    state: State,
+    state: TrainState,
     here: Processes,
     run: Path,
-    rebuild: dict,
 ) -> bool:
     """Train `state` until its budget is spent (True) or a signal comes (False). Only the main process writes."""
     network = torch.compile(state.model) if config.compile else state.model
     if here.world_size > 1:
-        network = DistributedDataParallel(network, broadcast_buffers=False)
+        network = DistributedDataParallel(network)
     bank = held_out_bank(data, config.timesteps)
     total_steps = config.total_steps(len(data.train))
     first_step, started, lr = state.step, time.monotonic() - state.seconds, 0.0
@@ -245,16 +218,20 @@ def loop(
                         images = state.step * config.batch_size
                         row = {"images": images, "seconds": state.seconds, "loss": mean_loss, "lr": lr}
                         if sample_due:
-                            row["held_out_loss"] = held_out_loss(state.ema.module, scheduler, bank)
-                            log.grid(state.step, sample_grid(state.ema.module, scheduler, data))
+                            held_out = row["held_out_loss"] = held_out_loss(state.ema.module, scheduler, bank)
+                            state.check(math.isfinite(held_out), f"the held-out loss is {held_out}", run)
+                            grid = sample_grid(state.ema.module, scheduler, data)
+                            state.check(
+                                grid.isfinite().all(), f"the loss is {mean_loss:.4g} but a sample is not finite", run
+                            )
+                            log.grid(state.step, grid)
                         log.row(state.step, **row)
                         bar.total = round(images / progress)  # a run of so many minutes learns its length as it goes
-                        bar.set_postfix(loss=f"{mean_loss:.4f}")
+                        bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
                 if save_due or stop:
-                    dump = state.dump(here)
                     if here.is_main:
-                        checkpoint.save_resume(run / checkpoint.RESUME_FILE, dump)
-                        checkpoint.save_model(run / checkpoint.MODEL_FILE, state.ema.module.state_dict(), rebuild)
+                        log.flush()  # before the checkpoint: the rows of the steps that it has are on disk
+                    state.save(run, here)
             if done or stop:
                 if here.is_main and state.step > 0:
                     log.curves()
@@ -339,15 +316,17 @@ def description(config: TrainConfig, data: ImageData, model: nn.Module, here: Pr
     steps = config.total_steps(len(data.train))
     budget = f"{config.minutes:g} minutes" if steps is None else f"{steps:,} steps"
     macs = multiply_adds(model, data.shape)
-    return "\n".join(
-        [
-            f"device   {where}, {config.precision}",
-            f"model    {config.model}: {count_parameters(model):,} parameters, {macs:,} multiply-adds a forward pass",
-            f"data     {config.dataset}: {len(data.train):,} images {shape}, {len(data.held_out):,} held out",
-            f"budget   {budget} of {config.batch_size} images, seed {config.seed}",
-            f"output   {run}",
-        ]
-    )
+    lines = [
+        f"device   {where}, {config.precision}",
+        f"model    {config.model}: {count_parameters(model):,} parameters, {macs:,} multiply-adds a forward pass",
+        f"data     {config.dataset}: {len(data.train):,} images {shape}, {len(data.held_out):,} held out",
+        *(f"skipped  {line}" for line in data.skipped[:SKIPPED_SHOWN]),
+        f"budget   {budget} of {config.batch_size} images, seed {config.seed}",
+        f"output   {run}",
+    ]
+    if len(data.skipped) > SKIPPED_SHOWN:
+        lines.insert(-2, f"         {len(data.skipped):,} images in all; {checkpoint.CONFIG_FILE} names each")
+    return "\n".join(lines)
 
 
 def progress_bar(config: TrainConfig, total_steps: int | None, step: int) -> tqdm:

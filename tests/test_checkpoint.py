@@ -20,7 +20,7 @@ from checkpoint import (
     read_resume,
     run_folders,
     save_model,
-    save_resume,
+    save_run,
 )
 from errors import UserError
 
@@ -37,9 +37,8 @@ def model_file(tmp_path):
 
 @pytest.fixture
 def resume_file(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    save_resume(path, {"model": TENSORS, "step": 3})
-    return path
+    save_run(tmp_path, TENSORS, CONFIG, {"model": TENSORS, "step": 3})
+    return tmp_path / "checkpoint.pt"
 
 
 def test_model_file_gives_back_what_was_saved_and_is_plain_safetensors(model_file):

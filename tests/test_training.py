@@ -11,7 +11,8 @@ from errors import UserError
 from hardware import choose_device, choose_precision
 from image_data import Batch, ImageData, held_out_bank, load_images, to_float
 from models import load_model
-from training import TrainConfig, ema_decay, held_out_loss, learning_rate, train
+from train_state import ema_decay
+from training import TrainConfig, held_out_loss, learning_rate, train
 
 
 def wiener_loss(data: ImageData, scheduler: DDPMScheduler, bank: Batch) -> float:

@@ -1,0 +1,95 @@
+"""What changes in a run: `TrainState` holds it, saves it, and goes on from what was saved."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import checkpoint
+from errors import RunFailed, UserError
+from hardware import Processes
+
+BETAS = (0.9, 0.99)
+WEIGHT_DECAY = 0.01
+
+
+def ema_decay(longest: float, step: int) -> float:
+    """The decay of the weights' moving average: short at first, so that a short run's average is of trained weights."""
+    return min(longest, (1 + step) / (10 + step))
+
+
+class TrainState:
+    """The weights, their average, the optimizer, and the counts since the start and since the last log line."""
+
+    def __init__(self, model: nn.Module, about: dict, lr: float, longest_decay: float):
+        """about: the config to rebuild the model from, with what it is trained on."""
+        self.model = model
+        self.about = about
+        self.ema = AveragedModel(
+            model,
+            multi_avg_fn=lambda average, now, _: torch._foreach_lerp_(
+                average, now, 1 - ema_decay(longest_decay, self.step)
+            ),
+        )
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+        self.step = 0
+        self.seconds = 0.0
+        # since the last log line; the sum stays on the device, where adding to it does not wait for the step
+        self.loss_sum = torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
+        self.loss_steps = 0
+
+    def mean_loss(self, here: Processes, run: Path) -> float:
+        """The loss since the last log line, over all processes. Raises RunFailed if it or a weight is not finite."""
+        loss = here.total(self.loss_sum).item() / self.loss_steps
+        self.check(math.isfinite(loss), f"the loss is {loss}", run)
+        finite = all(torch.isfinite(p).all() for p in self.model.parameters())
+        self.check(finite, f"the loss is {loss:.4g} but a weight is not finite", run)
+        return loss
+
+    def check(self, good: bool, otherwise: str, run: Path) -> None:
+        """Raises RunFailed with the step and what is safe on disk, unless all is good."""
+        if not good:
+            raise RunFailed(f"{otherwise} at step {self.step}; {checkpoint.what_is_safe(run)}; try a lower --lr")
+
+    def reset_loss(self) -> None:
+        """Start the next log line's mean."""
+        self.loss_sum.zero_()
+        self.loss_steps = 0
+
+    def save(self, run: Path, here: Processes) -> None:
+        """Write both files of the run, from the main process."""
+        loss_sum = here.total(self.loss_sum)  # over the processes, so that any number of them can go on
+        if not here.is_main:
+            return
+        dump = {
+            "about": json.dumps(self.about),
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss_sum": loss_sum,
+            "loss_steps": self.loss_steps,
+        }
+        checkpoint.save_run(run, self.ema.module.state_dict(), self.about, dump)
+
+    def restore(self, run: Path, here: Processes) -> None:
+        """Go on from what `save` wrote. Raises UserError, naming the file, if it is of another model or data set."""
+        path = run / checkpoint.RESUME_FILE
+        saved = checkpoint.read_resume(path)
+        try:
+            before = json.loads(saved["about"])
+            for name, now in json.loads(json.dumps(self.about)).items():
+                if before[name] != now:
+                    raise ValueError(f"{name} was {before[name]}, is {now}")
+            for part in ("model", "ema", "optimizer"):
+                getattr(self, part).load_state_dict(saved[part])
+            self.step, self.seconds, self.loss_steps = int(saved["step"]), float(saved["seconds"]), saved["loss_steps"]
+            if here.is_main:
+                self.loss_sum.copy_(saved["loss_sum"])
+        except Exception as error:  # load_state_dict raises nearly anything for what is not a state dict
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{path}: does not fit the config.json and the data of this run ({reason})") from error
