@@ -10,19 +10,20 @@ the training images nearest to 16 samples, as a picture (neighbours.py); speed; 
 be measured is null in the file, with the reason.
 """
 
+import interrupted_import  # noqa: F401  # isort: skip
+
 import hashlib
-import os
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 
-from checkpoint import CONFIG_FILE, MODEL_FILE, read_config, save_json
+from checkpoint import CONFIG_FILE, MODEL_FILE, check_writable, read_config, save_json
 from command_line import Parser, integer, run
 from diffusion import SAMPLERS
 from errors import RunFailed, UserError
 from evaluation import SHOWN, Report, evaluate, subject, table
-from hardware import DEVICES, choose_device
+from hardware import DEVICES, choose_device, is_out_of_memory
 from image_data import DATASETS, ImageData, load_images
 from inception_distances import MissingWeights, inception_weights, require_torch_fidelity
 from models import load_model
@@ -35,14 +36,16 @@ def parser() -> Parser:
     p.add_argument("--checkpoint", required=True, help="a run folder or a model.safetensors")
     p.add_argument("--dataset", choices=DATASETS, help="what to measure on (default: what the model was trained on)")
     p.add_argument("--data-dir", help="where the data set is (default: where the run's config.json says, else data)")
-    p.add_argument("--num-images", type=integer(SHOWN), default=10_000, help="how many to draw")
-    p.add_argument("--bound-images", type=integer(2), default=2000, help="held-out images of the variational bound")
+    p.add_argument("--num-images", type=integer(SHOWN, 10**6), default=10_000, help="how many to draw")
+    p.add_argument(
+        "--bound-images", type=integer(2, 10**6), default=2000, help="held-out images of the variational bound"
+    )
     p.add_argument("--sampler", choices=SAMPLERS, default="dpmpp", help="how to go from noise to image")
     p.add_argument(
         "--steps", type=integer(1), help="network calls an image (default: 50, or all timesteps of a model with fewer)"
     )
     p.add_argument("--seed", type=integer(0), default=0, help="image i follows from seed + i; and all other choices")
-    p.add_argument("--batch-size", type=integer(1), default=64, help="images at once")
+    p.add_argument("--batch-size", type=integer(1, 10**6), default=64, help="images at once")
     p.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu")
     p.add_argument("--fid", action="store_true", help="FID and KID against all training images; hours on a CPU")
     p.add_argument("--output", metavar="JSON", help="(default: evaluation.json in the run folder, or beside the file)")
@@ -63,8 +66,8 @@ def main() -> None:
         raise UserError(f"--steps: must be at most the model's {scheduler.num_timesteps} timesteps, got {args.steps}")
     run_folder = folder_of_run(checkpoint)
     output, picture = output_paths(args.output, checkpoint, run_folder)
-    args.dataset, args.data_dir, image_size = data_source(args, config, run_folder)
-    data = load_images(args.dataset, args.data_dir, image_size)
+    args.dataset, args.data_dir, image_size, skip = data_source(args, config, run_folder)
+    data = load_images(args.dataset, args.data_dir, image_size, skip_bad_images=skip)
     check_fit(data, config)
     model.to(device, memory_format=torch.channels_last)
     about = subject(model, scheduler, data)
@@ -85,6 +88,10 @@ def main() -> None:
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written") from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed("out of memory; nothing was written; try a smaller --batch-size or --num-images") from error
     figures["nearest_training_images"]["picture"] = picture.name
     print(table(figures))
     report = {
@@ -121,19 +128,18 @@ def output_paths(output: str | None, checkpoint: Path, run_folder: Path | None) 
         path = checkpoint.with_name(f"{checkpoint.stem}-evaluation.json")
     if path.suffix != ".json":
         raise UserError(f"--output: the file's name must end in .json, got {path}")
-    if path.is_dir():
-        raise UserError(f"--output: {path} is a folder; name a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path.parent, "--output")
+        if path.is_dir():
+            raise UserError(f"--output: {path} is a folder; name a file in it")
     except OSError as error:
-        raise UserError(f"--output: cannot make the folder {path.parent} ({error.strerror})") from error
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--output: {path.parent} is not writable; name another file")
+        raise UserError(f"--output: cannot write {path} ({error.strerror})") from error
     return path, path.with_name(f"{path.stem}-neighbours.png")
 
 
-def data_source(args: Namespace, config: dict, run_folder: Path | None) -> tuple[str, str, int | None]:
-    """(data set, its folder, image size): what the flags say, else what the run was trained on.
+def data_source(args: Namespace, config: dict, run_folder: Path | None) -> tuple[str, str, int | None, bool]:
+    """(data set, its folder, image size, whether bad images are skipped): by the flags, else as the run was trained.
 
     Raises UserError if the images' folder is not known.
     """
@@ -148,7 +154,8 @@ def data_source(args: Namespace, config: dict, run_folder: Path | None) -> tuple
         raise UserError(f"--data-dir: name the folder of images; {args.checkpoint} does not say where it is")
     # the model's own set was resized to its images, if they differ; another set has to be of its size
     own = name in ("folder", config.get("dataset"))
-    return name, data_dir or "data", config["shape"][-1] if own else None
+    skip = bool(trained.get("skip_bad_images")) and args.data_dir is None
+    return name, data_dir or "data", config["shape"][-1] if own else None, skip
 
 
 def check_fit(data: ImageData, config: dict) -> None:

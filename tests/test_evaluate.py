@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -353,12 +354,12 @@ BAD_VALUES = [
 
 @pytest.mark.parametrize("flag, value", BAD_VALUES)
 def test_a_bad_value_is_refused_by_its_flag_before_data_are_read(flag, value, digits_run, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_images", lambda *_: pytest.fail("data were read"))
+    monkeypatch.setattr(evaluate, "load_images", lambda *_, **__: pytest.fail("data were read"))
     assert flag in line_of_refusal("--checkpoint", digits_run, flag, value)
 
 
 def test_outputs_that_cannot_be_are_refused_before_data_are_read(digits_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_images", lambda *_: pytest.fail("data were read"))
+    monkeypatch.setattr(evaluate, "load_images", lambda *_, **__: pytest.fail("data were read"))
     (tmp_path / "file").write_text("kept")
     (tmp_path / "folder.json").mkdir()
     for path in (tmp_path / "folder.json", tmp_path / "file" / "a.json"):
@@ -366,7 +367,7 @@ def test_outputs_that_cannot_be_are_refused_before_data_are_read(digits_run, tmp
         assert "--output" in line and str(tmp_path) in line
     if os.geteuid():  # root writes anywhere
         tmp_path.chmod(0o500)
-        assert "not writable" in line_of_refusal("--checkpoint", digits_run, "--output", tmp_path / "a.json")
+        assert "--output" in line_of_refusal("--checkpoint", digits_run, "--output", tmp_path / "a.json")
         tmp_path.chmod(0o700)
 
 
@@ -403,6 +404,25 @@ def test_weights_that_are_not_finite_fail_and_leave_the_file_as_it_was(digits_ru
     assert code == 1 and "Traceback" not in err
     assert err.splitlines()[-1].startswith("evaluate.py: failed: ") and "nan" in err
     assert output.read_text() == "before"
+
+
+def test_running_out_of_memory_is_one_line(digits_run, tmp_path, monkeypatch):
+    def too_much(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(evaluation, "sample_images", too_much)
+    code, _, err = call(evaluate, *QUICK, "--checkpoint", digits_run, "--output", tmp_path / "out.json")
+    assert code == 1 and "--batch-size" in err.splitlines()[-1] and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_images_that_the_run_skipped_are_skipped_again(class_images, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(class_images, images)
+    (images / "cats" / "bad.png").write_text("not an image")
+    options = ["--dataset", "folder", "--data-dir", images, "--image-size", 16, "--skip-bad-images", "--steps", 2]
+    report, _ = measured("--checkpoint", trained(tmp_path / "runs", *options), output=tmp_path / "a.json")
+    assert report["data"]["train_images"] + report["data"]["held_out_images"] == 120
 
 
 def test_an_interruption_leaves_with_130_and_writes_nothing(digits_run, tmp_path, monkeypatch):
