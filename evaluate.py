@@ -1,0 +1,200 @@
+"""Measure one trained model: print a table and write `evaluation.json`, everything labelled, into the run's folder.
+
+python evaluate.py --checkpoint runs/00003-true-cifar10
+python evaluate.py --checkpoint RUN --num-images 2000 --fid
+python evaluate.py --checkpoint model.safetensors --dataset folder --data-dir IMAGES --output figures.json
+
+Held-out eps-MSE on the frozen bank, overall and by noise level; the variational bound in bits/dim (likelihood.py);
+sliced Wasserstein distance of samples from held-out images, beside that of training images (sliced_wasserstein.py);
+the training images nearest to 16 samples, as a picture (neighbours.py); speed; FID and KID on request. What could not
+be measured is null in the file, with the reason.
+"""
+
+import interrupted_import  # noqa: F401  # isort: skip
+
+import hashlib
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from checkpoint import CONFIG_FILE, MODEL_FILE, check_writable, read_config, save_json
+from command_line import Parser, integer, run
+from diffusion import SAMPLERS
+from errors import RunFailed, UserError
+from evaluation import SHOWN, Report, evaluate, subject, table
+from hardware import DEVICES, choose_device, is_out_of_memory
+from image_data import DATASETS, ImageData, load_images
+from inception_distances import MissingWeights, inception_weights, require_torch_fidelity
+from models import load_model
+from pictures import save_grid
+
+
+def parser() -> Parser:
+    """All flags."""
+    p = Parser(prog="evaluate.py", description="Measure one trained model.")
+    p.add_argument("--checkpoint", required=True, help="a run folder or a model.safetensors")
+    p.add_argument("--dataset", choices=DATASETS, help="what to measure on (default: what the model was trained on)")
+    p.add_argument("--data-dir", help="where the data set is (default: where the run's config.json says, else data)")
+    p.add_argument("--num-images", type=integer(SHOWN, 10**6), default=10_000, help="how many to draw")
+    p.add_argument(
+        "--bound-images", type=integer(2, 10**6), default=2000, help="held-out images of the variational bound"
+    )
+    p.add_argument("--sampler", choices=SAMPLERS, default="dpmpp", help="how to go from noise to image")
+    p.add_argument(
+        "--steps", type=integer(1), help="network calls an image (default: 50, or all timesteps of a model with fewer)"
+    )
+    p.add_argument("--seed", type=integer(0), default=0, help="image i follows from seed + i; and all other choices")
+    p.add_argument("--batch-size", type=integer(1, 10**6), default=64, help="images at once")
+    p.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu")
+    p.add_argument("--fid", action="store_true", help="FID and KID against all training images; hours on a CPU")
+    p.add_argument("--output", metavar="JSON", help="(default: evaluation.json in the run folder, or beside the file)")
+    return p
+
+
+def main() -> None:
+    """Parse, check, measure."""
+    args = parser().parse_args()
+    if args.fid:
+        require_torch_fidelity()
+    device = choose_device(args.device)
+    checkpoint = Path(args.checkpoint)
+    weights = checkpoint / MODEL_FILE if checkpoint.is_dir() else checkpoint
+    model, scheduler, config = load_model(checkpoint)
+    args.steps = args.steps or min(50, scheduler.num_timesteps)
+    if args.steps > scheduler.num_timesteps:
+        raise UserError(f"--steps: must be at most the model's {scheduler.num_timesteps} timesteps, got {args.steps}")
+    run_folder = folder_of_run(checkpoint)
+    output, picture = output_paths(args.output, checkpoint, run_folder)
+    args.dataset, args.data_dir, image_size, skip = data_source(args, config, run_folder)
+    data = load_images(args.dataset, args.data_dir, image_size, skip_bad_images=skip)
+    check_fit(data, config)
+    model.to(device, memory_format=torch.channels_last)
+    about = subject(model, scheduler, data)
+    print(description(config["model"], about))
+    inception = inception_or_reason(args.fid)
+    try:
+        figures, pairs = evaluate(
+            model,
+            scheduler,
+            data,
+            num_images=args.num_images,
+            bound_images=args.bound_images,
+            sampler=args.sampler,
+            steps=args.steps,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            inception=inception,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("nothing was written") from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed("out of memory; nothing was written; try a smaller --batch-size or --num-images") from error
+    figures["nearest_training_images"]["picture"] = picture.name
+    print(table(figures))
+    report = {
+        "checkpoint": args.checkpoint,
+        "checkpoint_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "model": {name: config[name] for name in ("model", "model_config")},
+        "data_dir": args.data_dir,
+        "seed": args.seed,
+        **about,
+        **figures,
+    }
+    try:
+        save_grid(pairs, picture)
+        save_json(output, report)
+    except OSError as error:
+        raise RunFailed(f"cannot write {error.filename or output} ({error.strerror})") from error
+    print(f"{picture}\n{output}")
+
+
+def folder_of_run(checkpoint: Path) -> Path | None:
+    """The run folder that the checkpoint is, or whose model.safetensors it is; None for any other file."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    known = checkpoint.is_dir() or (checkpoint.name == MODEL_FILE and (folder / CONFIG_FILE).exists())
+    return folder if known else None
+
+
+def output_paths(output: str | None, checkpoint: Path, run_folder: Path | None) -> tuple[Path, Path]:
+    """Where the JSON and the picture will be written. Raises UserError, naming --output, if they cannot be."""
+    if output is not None:
+        path = Path(output)
+    elif run_folder is not None:
+        path = run_folder / "evaluation.json"
+    else:
+        path = checkpoint.with_name(f"{checkpoint.stem}-evaluation.json")
+    if path.suffix != ".json":
+        raise UserError(f"--output: the file's name must end in .json, got {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path.parent, "--output")
+        if path.is_dir():
+            raise UserError(f"--output: {path} is a folder; name a file in it")
+    except OSError as error:
+        raise UserError(f"--output: cannot write {path} ({error.strerror})") from error
+    return path, path.with_name(f"{path.stem}-neighbours.png")
+
+
+def data_source(args: Namespace, config: dict, run_folder: Path | None) -> tuple[str, str, int | None, bool]:
+    """(data set, its folder, image size, whether bad images are skipped): by the flags, else as the run was trained.
+
+    Raises UserError if the images' folder is not known.
+    """
+    trained = {}
+    if run_folder is not None and (run_folder / CONFIG_FILE).exists():
+        trained = read_config(run_folder).get("train", {})
+    name = args.dataset or config.get("dataset")
+    if name is None:
+        raise UserError(f"--dataset: {args.checkpoint} does not say what it was trained on; name it")
+    data_dir = args.data_dir or (trained.get("data_dir") if name == trained.get("dataset") else None)
+    if data_dir is None and name == "folder":
+        raise UserError(f"--data-dir: name the folder of images; {args.checkpoint} does not say where it is")
+    # the model's own set was resized to its images, if they differ; another set has to be of its size
+    own = name in ("folder", config.get("dataset"))
+    skip = bool(trained.get("skip_bad_images")) and args.data_dir is None
+    return name, data_dir or "data", config["shape"][-1] if own else None, skip
+
+
+def check_fit(data: ImageData, config: dict) -> None:
+    """Raises UserError, naming both, if the data's shape or classes are not the model's."""
+    for what, here, wanted in (
+        ("images", data.shape, tuple(config["shape"])),
+        ("classes", data.classes, tuple(config["classes"])),
+    ):
+        if here != wanted:
+            listed = [f"{', '.join(map(str, values[:12]))}{', ...' * (len(values) > 12)}" for values in (here, wanted)]
+            raise UserError(f"--data-dir: {data.name} has {what} ({listed[0]}), the model has ({listed[1]})")
+
+
+def description(name: str, about: Report) -> str:
+    """What is about to be measured, a line each."""
+    data = about["data"]
+    threads = f", {about['threads']} threads" if about["device"] == "cpu" else ""
+    held_out = f"{data['held_out_images']:,} held out"
+    macs = f"{about['multiply_adds']['value']:,} multiply-adds a forward pass"
+    shape = "x".join(map(str, data["shape"]))
+    return "\n".join(
+        [
+            f"device   {about['device']}{threads}, {about['precision']}",
+            f"model    {name}: {about['parameters']['value']:,} parameters, {macs}",
+            f"data     {data['dataset']}: {data['train_images']:,} images {shape}, {held_out}",
+        ]
+    )
+
+
+def inception_or_reason(wanted: bool) -> Path | str:
+    """The Inception network's weights, or why there are none: said before an hour's sampling and not after it."""
+    if not wanted:
+        return "not asked for; --fid"
+    try:
+        return inception_weights()
+    except MissingWeights as reason:
+        print(f"fid      not measured: {reason}")
+        return str(reason)
+
+
+if __name__ == "__main__":
+    run("evaluate.py", main)

@@ -1,0 +1,328 @@
+"""What is measured of a trained model, as one labelled report: what `evaluate.py` prints and writes.
+
+    report, picture = evaluate(model, scheduler, data, num_images=2000, sampler="dpmpp", steps=50, ...)
+
+Every figure of the report carries its unit, the number of images, the split and the seed it depends on. What could not
+be measured has the value None, with the reason.
+"""
+
+import importlib.metadata
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffusion import DDPMScheduler, sample_images
+from errors import RunFailed
+from image_data import Batch, ImageData, held_out_bank, to_float
+from inception_distances import inception_distances
+from likelihood import NUM_STRATA, timestep_strata, variational_bound
+from models import count_parameters, multiply_adds
+from neighbours import comparison, nearest
+from sliced_wasserstein import DIRECTIONS, PATCH, PATCHES, num_blocks, pyramid_levels, sliced_wasserstein
+from training import held_out_loss
+
+BINS = 10
+SHOWN = 16  # samples whose nearest training images are drawn, and pictures a row
+HELD_OUT_QUERIES = 256  # held-out images whose nearest training images give the distances a scale
+
+Report = dict[str, Any]
+
+
+def evaluate(
+    model: nn.Module,
+    scheduler: DDPMScheduler,
+    data: ImageData,
+    *,
+    num_images: int,
+    bound_images: int,
+    sampler: str,
+    steps: int,
+    seed: int,
+    batch_size: int,
+    inception: Path | str,
+) -> tuple[Report, Tensor]:
+    """(the report, the picture of 16 samples and their nearest training images, (256, C, H, W) in [-1, 1]).
+
+    num_images: samples, at least 16; bound_images: held-out images of the variational bound; sampler, steps, batch_size
+    as in `sample_images`; inception: the Inception network's weights, or why there is to be no FID. The same seed
+    gives the same figures, speed apart. Raises RunFailed if what the model gives is not finite.
+    """
+    device = next(model.parameters()).device
+    report = {"eps_mse": eps_mse(model, scheduler, held_out_bank(data, scheduler.num_timesteps))}
+    report["variational_bound"] = bound(model, scheduler, data, bound_images, seed, batch_size)
+    images, report["sampling"] = draw(model, scheduler, data, num_images, sampler, steps, seed, batch_size)
+    report["sliced_wasserstein"] = patch_distance(images, data, device, seed)
+    pairs, report["nearest_training_images"] = neighbours(images, data, seed)
+    report["fid"], report["kid"] = fid_and_kid(images, data, inception, device, batch_size)
+    for name in ("sliced_wasserstein", "nearest_training_images", "fid", "kid"):
+        report[name]["samples"] = {name: report["sampling"][name] for name in ("sampler", "steps", "seed", "classes")}
+    return report, pairs
+
+
+def subject(model: nn.Module, scheduler: DDPMScheduler, data: ImageData) -> Report:
+    """What is measured: network, diffusion, data, device and library versions."""
+    device = next(model.parameters()).device
+    return {
+        "parameters": {"value": count_parameters(model), "unit": "trainable parameters"},
+        "multiply_adds": {
+            "value": multiply_adds(model, data.shape),
+            "unit": "multiply-adds of one forward pass of one image, every ODE step counted",
+        },
+        "diffusion": {name: getattr(scheduler, name) for name in ("num_timesteps", "schedule", "prediction_type")},
+        "data": {
+            "dataset": data.name,
+            "shape": list(data.shape),
+            "classes": len(data.classes),
+            "train_images": len(data.train),
+            "held_out_images": len(data.held_out),
+        },
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": "fp32",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")},
+        },
+    }
+
+
+def not_measured(reason: str) -> Report:
+    """What stands in the report for a figure that there is not."""
+    return {"value": None, "reason": reason}
+
+
+def finite(value: float, what: str) -> float:
+    """The value. Raises RunFailed if it is not finite."""
+    if not math.isfinite(value):
+        raise RunFailed(f"{what} is {value}: the model's weights or images are broken; nothing was written")
+    return value
+
+
+def eps_mse(model: nn.Module, scheduler: DDPMScheduler, bank: Batch) -> Report:
+    """Held-out eps-MSE on the frozen bank, overall and in ten bins of t of equal width."""
+    bins = bank.t * BINS // scheduler.num_timesteps
+    parts = []
+    with tqdm(desc="eps-MSE", total=2 * len(bank.t), unit="call", mininterval=0.5) as bar:
+        overall = finite(held_out_loss(model, scheduler, bank), "the held-out eps-MSE")
+        bar.update(len(bank.t))
+        for i in range(BINS):
+            inside = bins == i
+            times = [t for t in range(scheduler.num_timesteps) if t * BINS // scheduler.num_timesteps == i]
+            part = Batch(**{name: values[inside] for name, values in vars(bank).items()})
+            value = held_out_loss(model, scheduler, part) if inside.any() else None
+            parts.append({"t": [times[0], times[-1]] if times else None, "n": int(inside.sum()), "value": value})
+            bar.update(int(inside.sum()))
+    return {
+        "value": overall,
+        "unit": "mean squared error of the predicted eps, a value",
+        "n": len(bank.t),
+        "split": "held out",
+        "bank": "frozen: the same images, t and eps for every model and seed",
+        "bins": parts,
+    }
+
+
+def bound(
+    model: nn.Module, scheduler: DDPMScheduler, data: ImageData, count: int, seed: int, batch_size: int
+) -> Report:
+    """The variational bound in bits/dim, all its terms, on a random choice of held-out images."""
+    index = choice(len(data.held_out), count, seed)
+    if len(index) < 2:
+        return not_measured("needs at least 2 held-out images")
+    strata = timestep_strata(scheduler.num_timesteps, NUM_STRATA)
+    with tqdm(desc="bits/dim", total=len(index) * (1 + len(strata)), unit="call", mininterval=0.5) as bar:
+        terms = variational_bound(
+            model,
+            scheduler,
+            to_float(data.held_out[index]),
+            data.held_out_labels[index],
+            seed=seed,
+            batch_size=batch_size,
+            on_batch=bar.update,
+        )
+
+    def term(values: Tensor) -> Report:
+        error = values.std().item() / len(values) ** 0.5
+        return {"value": finite(values.mean().item(), "the variational bound"), "standard_error": error}
+
+    return {
+        **term(terms.total),
+        "unit": "bits/dim, an upper bound on the negative log-likelihood of 8-bit images",
+        "n": len(index),
+        "split": "held out",
+        "seed": seed,
+        "estimate": f"for each image one timestep drawn from each of {len(strata)} strata; see likelihood.py",
+        "reverse_variance": "posterior",
+        "terms": {
+            "prior": term(terms.prior),
+            "kl": term(terms.kl.sum(1)),
+            "decoder": term(terms.decoder),
+            "kl_by_stratum": [
+                {"t": [first, last], "value": value}
+                for (first, last), value in zip(terms.strata, terms.kl.mean(0).tolist(), strict=True)
+            ],
+        },
+    }
+
+
+def choice(size: int, count: int, seed: int) -> Tensor:
+    """A random choice of `count` of `size` images without repeats, or all of them in random order if fewer."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def draw(
+    model: nn.Module,
+    scheduler: DDPMScheduler,
+    data: ImageData,
+    num_images: int,
+    sampler: str,
+    steps: int,
+    seed: int,
+    batch_size: int,
+) -> tuple[Tensor, Report]:
+    """(samples as uint8 (N, C, H, W), how they were drawn and how fast); the classes take turns."""
+    labels = torch.arange(num_images) % model.num_classes if model.num_classes else None
+    with tqdm(desc="sampling", total=num_images * steps, unit="call", unit_scale=True, mininterval=0.5) as bar:
+        started = time.monotonic()
+        images = sample_images(
+            model,
+            scheduler,
+            data.shape,
+            num_images,
+            sampler=sampler,
+            steps=steps,
+            seed=seed,
+            batch_size=batch_size,
+            labels=labels,
+            on_step=lambda _, x_0: bar.update(len(x_0)),
+        )
+        seconds = time.monotonic() - started
+    finite(images.sum().item(), "the sum of the samples")
+    return ((images + 1) * 127.5).round().byte(), {
+        "value": num_images / seconds,
+        "unit": "images/s",
+        "n": num_images,
+        "seconds": seconds,
+        "sampler": sampler,
+        "steps": steps,
+        "seed": seed,
+        "batch_size": batch_size,
+        "classes": "in turns" if model.num_classes else "unconditional",
+    }
+
+
+def patch_distance(images: Tensor, data: ImageData, device: torch.device, seed: int) -> Report:
+    """Sliced Wasserstein distance of samples from held-out images, and of training images from the same: the floor."""
+    side = data.shape[-1]
+    if not pyramid_levels(side):
+        return not_measured(f"patches of {PATCH}x{PATCH} need larger images than {side}x{side}")
+    n = min(len(images), len(data.held_out), len(data.train))
+    held_out = data.held_out[choice(len(data.held_out), n, seed)]
+    train = data.train[choice(len(data.train), n, seed).to(data.train.device)]
+    with tqdm(desc="sliced Wasserstein", total=num_blocks(side), unit="block", mininterval=0.5) as bar:
+        found = sliced_wasserstein(
+            held_out.to(device if device.type == "cuda" else "cpu"),  # MPS has no float64
+            [images[:n], train],
+            seed=seed,
+            on_block=bar.update,
+        )
+    value, floor = ({str(level): 1000 * distance for level, distance in levels.items()} for levels in found)
+    if len(value) > 1:
+        value, floor = (levels | {"average": sum(levels.values()) / len(levels)} for levels in (value, floor))
+    return {
+        "value": value,
+        "floor": floor,
+        "unit": "1e-3 standard deviations of a patch value; by the level's side in pixels",
+        "n": n,
+        "split": "samples against held-out images",
+        "floor_split": "training images against the same held-out images",
+        "seed": seed,
+        "patches_an_image": PATCHES,
+        "directions": DIRECTIONS,
+    }
+
+
+def neighbours(images: Tensor, data: ImageData, seed: int) -> tuple[Tensor, Report]:
+    """(rows of a sample, a blank and its nearest training images; their distances, beside those of held-out ones)."""
+    shown = images[:SHOWN]
+    found = nearest(shown, data.train, SHOWN - 2, mirror=data.mirror)
+    others = data.held_out[choice(len(data.held_out), HELD_OUT_QUERIES, seed)]
+    scale = nearest(others, data.train, 1, mirror=data.mirror).distance[:, 0]
+    distances = found.distance[:, 0]
+    return comparison(shown, data.train, found), {
+        "value": distances.quantile(0.5).item(),
+        "unit": "root mean squared difference a pixel value, in 8-bit levels; the median over the samples",
+        "n": len(shown),
+        "distances": distances.tolist(),
+        "indices": found.index[:, 0].tolist(),
+        "split": "samples against training images" + (", mirrored ones too" if data.mirror else ""),
+        "held_out": {
+            "value": scale.quantile(0.5).item(),
+            "least": scale.min().item(),
+            "n": len(others),
+            "seed": seed,
+            "split": "held-out images against training images",
+        },
+    }
+
+
+def fid_and_kid(
+    images: Tensor, data: ImageData, inception: Path | str, device: torch.device, batch_size: int
+) -> tuple[Report, Report]:
+    """FID and KID of the samples against all training images, as published figures take them."""
+    if isinstance(inception, str):
+        return not_measured(inception), not_measured(inception)
+    figures = inception_distances(images, data.train, inception, device=device, batch_size=batch_size)
+    about = {
+        "n": len(images),
+        "n_reference": len(data.train),
+        "split": "samples against training images",
+        "library": f"torch-fidelity {importlib.metadata.version('torch-fidelity')}",
+        "weights": inception.name,
+    }
+    fid = {"value": figures["fid"], "unit": "squared distance of Inception features"} | about
+    kid = {"value": figures["kid"], "unit": "squared maximum mean discrepancy of Inception features"} | about
+    return fid, kid | {"standard_deviation": figures["kid_std"], "subset_size": figures["kid_subset_size"]}
+
+
+def table(report: Report) -> str:
+    """The figures, a line each: name, value with its standard error, number of images, what it is."""
+    mse, likely, swd = report["eps_mse"], report["variational_bound"], report["sliced_wasserstein"]
+    near, speed, fid, kid = (report[name] for name in ("nearest_training_images", "sampling", "fid", "kid"))
+    rows = [("measure", "value", "n", "")]
+
+    def row(name: str, value: str | None, figure: Report, note: str) -> None:
+        rows.append((name, value or "-", f"{figure['n']:,}" if value else "-", note if value else figure["reason"]))
+
+    def number(figure: Report, digits: int, spread: str | None = None) -> str | None:
+        if figure["value"] is None:
+            return None
+        return f"{figure['value']:,.{digits}f}" + (f" +- {figure[spread]:.{digits}f}" if spread else "")
+
+    row("held-out eps-MSE", number(mse, 5), mse, "frozen bank")
+    for part in mse["bins"]:
+        if part["n"]:
+            row(f"  t {part['t'][0]}..{part['t'][1]}", number(part, 5), part, "")
+    row("variational bound", number(likely, 4, "standard_error"), likely, "bits/dim, held out, +- standard error")
+    if swd["value"] is None:
+        row("sliced Wasserstein", None, swd, "")
+    else:
+        for level in swd["value"]:
+            note = f"x 1e3, samples against held out; training images: {swd['floor'][level]:.2f}"
+            row(f"sliced Wasserstein {level}", f"{swd['value'][level]:.2f}", swd, note)
+    row("FID", number(fid, 2), fid, f"against {fid.get('n_reference', 0):,} training images, {fid.get('library')}")
+    if kid["value"] is not None:
+        row("KID", number(kid, 5, "standard_deviation"), kid, "+- standard deviation over subsets")
+    scale = near["held_out"]
+    note = f"median distance in 8-bit levels; held-out images: {scale['value']:.1f}"
+    row("nearest training image", number(near, 1), near, note)
+    row("sampling", number(speed, 1), speed, f"images/s, {speed['sampler']}, {speed['steps']} network calls an image")
+    widths = [max(len(cells[i]) for cells in rows) for i in range(3)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows)

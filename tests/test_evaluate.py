@@ -1,0 +1,436 @@
+"""`evaluate.py` as a user meets it: what it measures, what it writes and says, and each refusal."""
+
+import json
+import math
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, run_command
+from PIL import Image
+from scipy import linalg
+
+import evaluate
+import evaluation
+import inception_distances
+import train
+from checkpoint import read_model, save_model
+from diffusion import sample_images
+from image_data import held_out_bank, load_images, to_float
+from likelihood import variational_bound
+from models import load_model
+from neighbours import nearest
+from sliced_wasserstein import sliced_wasserstein
+from training import held_out_loss
+
+FEW_STEPS = ["--device", "cpu", "--precision", "fp32", "--timesteps", 20, "--lr", 0.02, "--batch-size", 16]
+QUICK = ["--device", "cpu", "--num-images", 20, "--steps", 3]
+# no weights in the cache and no host that answers: what a machine without a network meets
+NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+
+
+def trained(folder, *arguments):
+    """A short run; its folder."""
+    code, _, err = call(train, *FEW_STEPS, "--output-dir", folder, *arguments)
+    assert code == 0, err
+    return next(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("digits"), "--dataset", "digits", "--steps", 30)
+
+
+@pytest.fixture(scope="module")
+def class_images(tmp_path_factory):
+    """Dark cats and bright dogs, so that the class matters; mirrored ones count, as in every folder."""
+    images, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name, low, high in (("cats", 0, 60), ("dogs", 190, 256)):
+        (images / name).mkdir()
+        for i in range(60):
+            pixels = random.integers(low, high, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / name / f"{i}.png")
+    return images
+
+
+@pytest.fixture(scope="module")
+def class_run(class_images, tmp_path_factory):
+    options = ["--dataset", "folder", "--data-dir", class_images, "--image-size", 16, "--class-conditional"]
+    return trained(tmp_path_factory.mktemp("classes"), *options, "--steps", 20)
+
+
+def measured(*arguments, output) -> tuple[dict, str]:
+    """(the JSON that the command writes, what it prints)."""
+    code, out, err = call(evaluate, *QUICK, *arguments, "--output", output)
+    assert code == 0, err
+    return json.loads(output.read_text()), out
+
+
+@pytest.fixture(scope="module")
+def digits_report(digits_run):
+    """From the shell, into the run folder, asking for an FID that cannot be had."""
+    empty = digits_run.parent / "torch"
+    options = ["--checkpoint", digits_run, *QUICK, "--fid"]
+    done = run_command("evaluate.py", *options, TORCH_HOME=str(empty), no_proxy="", **NO_NETWORK)
+    assert done.returncode == 0, done.stderr
+    return json.loads((digits_run / "evaluation.json").read_text()), done.stdout
+
+
+def test_the_eps_mse_is_that_of_training_and_its_bins_average_to_it(digits_run, digits_report):
+    model, scheduler, _ = load_model(digits_run)
+    bank = held_out_bank(load_images("digits", "unused"), scheduler.num_timesteps)
+    found = digits_report[0]["eps_mse"]
+    assert found["value"] == pytest.approx(held_out_loss(model, scheduler, bank), rel=1e-5)
+    bins = found["bins"]
+    assert sum(part["n"] for part in bins) == found["n"] == 2000
+    assert sum(part["n"] * part["value"] for part in bins) / 2000 == pytest.approx(found["value"], rel=1e-5)
+    assert [part["t"] for part in bins] == [[2 * i, 2 * i + 1] for i in range(10)]
+    errors = scheduler.loss(model, bank.x_0, bank.t, bank.eps).detach()
+    for part in bins:
+        inside = (bank.t >= part["t"][0]) & (bank.t <= part["t"][1])
+        assert part["value"] == pytest.approx(errors[inside].mean().item(), rel=1e-4)
+
+
+def test_a_model_of_few_timesteps_has_bins_without_one(digits_run):
+    model, scheduler, _ = load_model(digits_run)
+    short = type(scheduler)(4, "linear", scheduler.prediction_type)
+    bins = evaluation.eps_mse(model, short, held_out_bank(load_images("digits", "unused"), 4))["bins"]
+    assert [part["t"] for part in bins if part["n"]] == [[0, 0], [1, 1], [2, 2], [3, 3]]
+    assert all(part["value"] is None and part["t"] is None for part in bins if not part["n"])
+
+
+def test_the_distances_are_those_of_the_same_samples(digits_run, digits_report):
+    """Samples drawn anew, rounded to 8 bits here, against images chosen by what the report says."""
+    model, scheduler, config = load_model(digits_run)
+    data = load_images("digits", "unused")
+    report = digits_report[0]
+    found = report["sliced_wasserstein"]
+    samples = sample_images(model, scheduler, config["shape"], 20, steps=3)
+    samples = ((samples.numpy() + 1) / 2 * 255).round().astype(np.uint8)
+    assert found["n"] == 20 and list(found["value"]) == ["8"]
+    shuffled = torch.randperm(36, generator=torch.Generator().manual_seed(0))
+    again = sliced_wasserstein(data.held_out[shuffled[:20]], [torch.from_numpy(samples)])[0][8]
+    assert found["value"]["8"] == pytest.approx(1000 * again, rel=1e-3)
+    assert 0 < found["floor"]["8"] < found["value"]["8"]
+
+    near = report["nearest_training_images"]
+    gaps = samples[:16, None].astype(float) - data.train[None].numpy()  # (16, N, 1, 8, 8)
+    distances = np.sqrt((gaps**2).mean((2, 3, 4)))
+    assert near["distances"] == pytest.approx(distances.min(1).tolist(), rel=1e-3)
+    assert near["indices"] == distances.argmin(1).tolist()
+    assert near["value"] == pytest.approx(np.median(near["distances"]))
+    gaps = data.held_out[:, None].double() - data.train[None]
+    truth = gaps.square().mean((2, 3, 4)).sqrt().amin(1).numpy()
+    assert near["held_out"]["value"] == pytest.approx(np.median(truth))
+    assert near["held_out"]["least"] == pytest.approx(truth.min())
+
+
+def test_the_report_says_what_everything_is(digits_run, digits_report):
+    report, out = digits_report
+    assert report["checkpoint"] == str(digits_run) and len(report["checkpoint_sha256"]) == 64
+    assert report["data"] == {
+        "dataset": "digits",
+        "shape": [1, 8, 8],
+        "classes": 10,
+        "train_images": 1761,
+        "held_out_images": 36,
+    }
+    assert report["device"] == "cpu" and report["seed"] == 0
+    assert report["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert report["versions"]["python"] == sys.version.split()[0]
+    model = load_model(digits_run)[0]
+    assert report["parameters"]["value"] == sum(p.numel() for p in model.parameters())
+    assert report["multiply_adds"]["value"] > report["parameters"]["value"]
+    assert (report["sampling"]["sampler"], report["sampling"]["steps"]) == ("dpmpp", 3)
+    figures = ("eps_mse", "variational_bound", "sampling", "sliced_wasserstein", "nearest_training_images")
+    for name in figures:
+        assert {"value", "unit", "n"} <= report[name].keys(), name
+    for name in ("sliced_wasserstein", "nearest_training_images", "fid", "kid"):
+        assert report[name]["samples"] == {"sampler": "dpmpp", "steps": 3, "seed": 0, "classes": "unconditional"}
+    speed = report["sampling"]
+    assert speed["value"] == pytest.approx(speed["n"] / speed["seconds"])
+    for shown in (f"{report['eps_mse']['value']:.5f}", f"{report['variational_bound']['value']:.4f}"):
+        assert shown in out
+    assert out.splitlines()[-2:] == [str(digits_run / f"evaluation{end}") for end in ("-neighbours.png", ".json")]
+
+
+def test_the_bound_of_the_report_adds_up(digits_report):
+    bound = digits_report[0]["variational_bound"]
+    terms = bound["terms"]
+    assert bound["n"] == 36 and bound["standard_error"] > 0
+    assert bound["value"] == pytest.approx(sum(terms[name]["value"] for name in ("prior", "kl", "decoder")))
+    assert sum(part["value"] for part in terms["kl_by_stratum"]) == pytest.approx(terms["kl"]["value"])
+    assert 0 < terms["decoder"]["value"] < bound["value"] < 100
+
+
+def test_weights_that_are_not_to_be_had_are_one_line_and_no_failure(digits_report):
+    report, out = digits_report
+    lines = [line for line in out.splitlines() if "not downloadable" in line]
+    assert lines[0].startswith("fid      not measured: ") and len(lines) == 2  # and the table's
+    for name in ("fid", "kid"):
+        assert report[name]["value"] is None and "not downloadable" in report[name]["reason"]
+
+
+def test_the_picture_shows_samples_beside_their_neighbours(digits_run, digits_report):
+    data = load_images("digits", "unused")
+    with Image.open(digits_run / "evaluation-neighbours.png") as picture:
+        pixels = np.asarray(picture)
+    zoom, cell = 8, 9
+    assert pixels.shape == ((16 * cell + 1) * zoom,) * 2 + (3,)
+    for row, index in enumerate(digits_report[0]["nearest_training_images"]["indices"]):
+        top, left = (1 + cell * row) * zoom, (1 + cell * 2) * zoom
+        drawn = pixels[top : top + 8 * zoom : zoom, left : left + 8 * zoom : zoom, 0]
+        assert np.abs(drawn.astype(int) - data.train[index, 0].numpy()).max() <= 1
+
+
+def test_the_same_seed_gives_the_same_figures_and_a_bare_file_the_same_as_its_run(digits_run, digits_report, tmp_path):
+    bare = tmp_path / "bare.safetensors"
+    bare.write_bytes((digits_run / "model.safetensors").read_bytes())
+    code, _, err = call(evaluate, "--checkpoint", bare, *QUICK, "--batch-size", 7)
+    assert code == 0, err
+    report = json.loads((tmp_path / "bare-evaluation.json").read_text())
+    assert (tmp_path / "bare-evaluation-neighbours.png").is_file()
+    assert report["checkpoint"] == str(bare)
+    assert report["fid"]["value"] is None and "--fid" in report["fid"]["reason"]
+    for name, path in (("eps_mse", "value"), ("variational_bound", "value"), ("nearest_training_images", "value")):
+        assert report[name][path] == pytest.approx(digits_report[0][name][path], rel=1e-3), name
+    other, _ = measured("--checkpoint", bare, "--seed", 5, output=tmp_path / "other.json")
+    assert other["eps_mse"]["value"] == report["eps_mse"]["value"]  # frozen
+    for name in ("variational_bound", "sliced_wasserstein", "nearest_training_images"):
+        assert other[name]["value"] != report[name]["value"], name
+
+
+def test_flags_act(digits_run, tmp_path):
+    options = ["--checkpoint", digits_run / "model.safetensors", "--sampler", "ddpm", "--steps", 4, "--bound-images", 9]
+    report, out = measured(*options, "--num-images", 17, output=tmp_path / "new" / "out.json")
+    assert report["variational_bound"]["n"] == 9
+    assert report["sampling"]["n"] == report["sliced_wasserstein"]["n"] == 17
+    assert report["sampling"]["sampler"] == "ddpm" and "ddpm, 4 network calls" in out
+    assert (tmp_path / "new" / "out-neighbours.png").is_file()
+
+
+def test_a_model_with_classes_is_told_them_in_turns_and_measured_by_them(class_run, tmp_path):
+    """The run's config.json says where the images are."""
+    report, _ = measured("--checkpoint", class_run, output=tmp_path / "a.json")
+    model, scheduler, _ = load_model(class_run)
+    data = load_images("folder", report["data_dir"], 16)
+    bank = held_out_bank(data, scheduler.num_timesteps)
+    truth = held_out_loss(model, scheduler, bank)
+    assert report["eps_mse"]["value"] == pytest.approx(truth, rel=1e-5)
+    labels = torch.arange(20) % 2
+    samples = sample_images(model, scheduler, (3, 16, 16), 20, steps=3, labels=labels)
+    samples = ((samples + 1) * 127.5).round().byte()
+    distances = nearest(samples[:16], data.train, 1, mirror=True).distance[:, 0]
+    assert report["nearest_training_images"]["distances"] == pytest.approx(distances.tolist(), abs=0.05)
+    shuffled = torch.randperm(len(data.held_out), generator=torch.Generator().manual_seed(0))
+    labels = data.held_out_labels[shuffled]
+    assert len(labels.unique()) == 2
+    bound = variational_bound(model, scheduler, to_float(data.held_out[shuffled]), labels).total.mean().item()
+    assert report["variational_bound"]["value"] == pytest.approx(bound, rel=1e-4)
+    assert report["sampling"]["classes"] == "in turns" and list(report["sliced_wasserstein"]["value"]) == ["16"]
+
+
+def test_images_smaller_than_a_patch_are_null_with_the_reason():
+    images = torch.zeros(20, 1, 4, 4, dtype=torch.uint8)
+    data = evaluation.ImageData("digits", images, images[:, 0, 0, 0], images, images[:, 0, 0, 0], ("0",), False)
+    found = evaluation.patch_distance(images, data, torch.device("cpu"), 0)
+    assert found["value"] is None and "7x7" in found["reason"] and "4x4" in found["reason"]
+
+
+def known_features(images: torch.Tensor) -> torch.Tensor:
+    """What the stand-in for Inception gives: the channels' means and deviations, and a corner's values, (N, 9)."""
+    values = images.float() / 64
+    return torch.cat([values.mean((2, 3)), values.std((2, 3)), values[:, :, 0, 0]], dim=1)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """torch-fidelity with a network whose features are known in Inception's place, so that no weights are needed."""
+    registry = pytest.importorskip("torch_fidelity.registry")
+
+    class StandIn(registry.FeatureExtractorBase):
+        def __init__(self, name, features_list, **_):
+            super().__init__(name, features_list)
+
+        @staticmethod
+        def get_provided_features_list():
+            return ("2048",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return "2048"
+
+        def forward(self, images):
+            assert images.dtype == torch.uint8 and images.shape[1] == 3
+            return (known_features(images),)
+
+    monkeypatch.setitem(registry.FEATURE_EXTRACTORS_REGISTRY, "inception-v3-compat", StandIn)
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_fid_and_kid_are_those_of_their_definitions(channels, stand_in):
+    """Only the network is a stand-in; both figures are computed here from its features by scipy and numpy."""
+    random = torch.Generator().manual_seed(0)
+    samples = torch.randint(0, 200, (60, channels, 8, 8), generator=random, dtype=torch.uint8)
+    reference = torch.randint(30, 256, (60, channels, 8, 8), generator=random, dtype=torch.uint8)
+    found = inception_distances.inception_distances(samples, reference, "unused", device=torch.device("cpu"))
+    x, y = (known_features(images.expand(-1, 3, -1, -1)).double().numpy() for images in (samples, reference))
+    root = linalg.sqrtm(np.cov(x.T) @ np.cov(y.T) + 1e-12 * np.eye(9))
+    fid = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root.real)
+    assert found["fid"] == pytest.approx(fid, rel=1e-3)
+
+    def kernel(a, b):
+        return (a @ b.T / 9 + 1) ** 3
+
+    xx, yy, n = kernel(x, x), kernel(y, y), 60  # subsets of 60 of 60: every one is the whole set
+    kid = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (n * (n - 1)) - 2 * kernel(x, y).mean()
+    assert found["kid"] == pytest.approx(kid, rel=1e-4)
+    assert found["kid_subset_size"] == 60 and found["kid_std"] == pytest.approx(0, abs=1e-4 * abs(kid))
+
+
+def test_a_measured_fid_is_labelled(digits_run, stand_in, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "inception_weights", lambda: tmp_path / "weights.pth")
+    report, out = measured("--checkpoint", digits_run, "--fid", output=tmp_path / "a.json")
+    model, scheduler, config = load_model(digits_run)
+    samples = ((sample_images(model, scheduler, config["shape"], 20, steps=3) + 1) * 127.5).round().byte()
+    data = load_images("digits", "unused")
+    again = inception_distances.inception_distances(samples, data.train, "unused", device=torch.device("cpu"))
+    assert (report["fid"]["value"], report["kid"]["value"]) == pytest.approx((again["fid"], again["kid"]), rel=1e-3)
+    for name in ("fid", "kid"):
+        figure = report[name]
+        assert math.isfinite(figure["value"]) and figure["n"] == 20 and figure["n_reference"] == 1761
+        assert figure["split"] == "samples against training images" and figure["weights"] == "weights.pth"
+        assert figure["library"].startswith("torch-fidelity ")
+    assert report["kid"]["subset_size"] == 20
+    assert f"{report['fid']['value']:.2f}" in out
+
+
+def test_weights_in_the_cache_are_taken_only_if_they_are_what_their_name_says(monkeypatch, tmp_path):
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    # of an empty file, by the definition of SHA-256
+    monkeypatch.setattr(module, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-e3b0c442.pth")
+    (folder / "weights-e3b0c442.pth").write_bytes(b"")
+    assert inception_distances.inception_weights() == folder / "weights-e3b0c442.pth"
+    (folder / "weights-e3b0c442.pth").write_bytes(b"x")
+    with pytest.raises(inception_distances.MissingWeights, match="damaged"):
+        inception_distances.inception_weights()
+
+
+def test_fid_without_the_library_is_refused_before_anything_else(monkeypatch):
+    monkeypatch.setattr(inception_distances.importlib.util, "find_spec", lambda name: None)
+    code, out, err = call(evaluate, "--checkpoint", "missing", "--fid")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--fid" in err and "requirements-compare.txt" in err
+
+
+def line_of_refusal(*arguments) -> str:
+    """The one line with which the command refuses its arguments, before it measures anything."""
+    code, out, err = call(evaluate, *QUICK, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
+    assert err.startswith("evaluate.py: error: ")
+    return err
+
+
+BAD_VALUES = [
+    ("--num-images", 15),
+    ("--bound-images", 1),
+    ("--steps", 0),
+    ("--steps", 21),
+    ("--seed", -1),
+    ("--batch-size", 0),
+    ("--sampler", "euler"),
+    ("--dataset", "imagenet"),
+    ("--device", "tpu"),
+    ("--output", "figures.txt"),
+    ("--no-such-flag", 1),
+]
+
+
+@pytest.mark.parametrize("flag, value", BAD_VALUES)
+def test_a_bad_value_is_refused_by_its_flag_before_data_are_read(flag, value, digits_run, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_images", lambda *_, **__: pytest.fail("data were read"))
+    assert flag in line_of_refusal("--checkpoint", digits_run, flag, value)
+
+
+def test_outputs_that_cannot_be_are_refused_before_data_are_read(digits_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_images", lambda *_, **__: pytest.fail("data were read"))
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder.json").mkdir()
+    for path in (tmp_path / "folder.json", tmp_path / "file" / "a.json"):
+        line = line_of_refusal("--checkpoint", digits_run, "--output", path)
+        assert "--output" in line and str(tmp_path) in line
+    if os.geteuid():  # root writes anywhere
+        tmp_path.chmod(0o500)
+        assert "--output" in line_of_refusal("--checkpoint", digits_run, "--output", tmp_path / "a.json")
+        tmp_path.chmod(0o700)
+
+
+def test_a_checkpoint_is_asked_for_and_has_to_be_one(tmp_path):
+    assert "--checkpoint" in line_of_refusal()
+    (tmp_path / "text").write_text("hello")
+    for name in ("missing", "text"):
+        assert name in line_of_refusal("--checkpoint", tmp_path / name)
+
+
+def test_data_that_are_not_the_models_are_refused_naming_both(class_run, digits_run, class_images, tmp_path):
+    line = line_of_refusal("--checkpoint", class_run, "--dataset", "digits")
+    assert "(1, 8, 8)" in line and "(3, 16, 16)" in line
+    birds = tmp_path / "images" / "birds"
+    birds.mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(birds / f"{i}.png")
+    line = line_of_refusal("--checkpoint", class_run, "--data-dir", birds.parent)
+    assert "(birds)" in line and "(cats, dogs)" in line
+    bare = tmp_path / "bare.safetensors"
+    save_model(bare, *read_model(class_run))
+    assert "--data-dir" in line_of_refusal("--checkpoint", bare)
+    assert "--data-dir" in line_of_refusal("--checkpoint", bare, "--data-dir", tmp_path / "nowhere")
+    save_model(bare, read_model(digits_run)[0], {k: v for k, v in read_model(digits_run)[1].items() if k != "dataset"})
+    assert "--dataset" in line_of_refusal("--checkpoint", bare)
+
+
+def test_weights_that_are_not_finite_fail_and_leave_the_file_as_it_was(digits_run, tmp_path):
+    tensors, config = read_model(digits_run)
+    broken, output = tmp_path / "broken.safetensors", tmp_path / "out.json"
+    save_model(broken, {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, config)
+    output.write_text("before")
+    code, _, err = call(evaluate, *QUICK, "--checkpoint", broken, "--output", output)
+    assert code == 1 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("evaluate.py: failed: ") and "nan" in err
+    assert output.read_text() == "before"
+
+
+def test_running_out_of_memory_is_one_line(digits_run, tmp_path, monkeypatch):
+    def too_much(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(evaluation, "sample_images", too_much)
+    code, _, err = call(evaluate, *QUICK, "--checkpoint", digits_run, "--output", tmp_path / "out.json")
+    assert code == 1 and "--batch-size" in err.splitlines()[-1] and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_images_that_the_run_skipped_are_skipped_again(class_images, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(class_images, images)
+    (images / "cats" / "bad.png").write_text("not an image")
+    options = ["--dataset", "folder", "--data-dir", images, "--image-size", 16, "--skip-bad-images", "--steps", 2]
+    report, _ = measured("--checkpoint", trained(tmp_path / "runs", *options), output=tmp_path / "a.json")
+    assert report["data"]["train_images"] + report["data"]["held_out_images"] == 120
+
+
+def test_an_interruption_leaves_with_130_and_writes_nothing(digits_run, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "sample_images", interrupted)
+    output = tmp_path / "out.json"
+    code, _, err = call(evaluate, *QUICK, "--checkpoint", digits_run, "--output", output)
+    assert code == 130 and "nothing was written" in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
