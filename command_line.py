@@ -48,8 +48,9 @@ class Parser(argparse.ArgumentParser):
                 action.default = default
 
     def check(self, values: dict[str, object]) -> None:
-        """Check options that come from a file as if they stood on the command line. Raises UserError."""
-        flags = [(f"--{name.replace('_', '-')}", value) for name, value in values.items()]
+        """Check those of the values that are options as if they stood on the command line. Raises UserError."""
+        names = {action.dest for action in self._actions}
+        flags = [(f"--{name.replace('_', '-')}", value) for name, value in values.items() if name in names]
         on = [flag for flag, value in flags if value is True]
         self.parse_args([*on, *(f"{flag}={value}" for flag, value in flags if value not in (None, True, False))])
 

@@ -174,6 +174,8 @@ class SpatialLiquidProcessor(nn.Module):
     Raises UserError for a solver, activation or number of steps that `RealLiquidCell` refuses.
     """
 
+    cell_type = RealLiquidCell  # ablations have others
+
     def __init__(
         self,
         channels: Sequence[int],
@@ -190,7 +192,7 @@ class SpatialLiquidProcessor(nn.Module):
         inputs = {"global": (coarse, coarse), "local": (medium + coarse, medium), "detail": (fine + medium, fine)}
         self.cells = nn.ModuleDict(
             {
-                name: RealLiquidCell(
+                name: self.cell_type(
                     *inputs[name],
                     embedding_dim,
                     num_steps=num_steps,
@@ -227,6 +229,8 @@ class TrueLiquidDiffusionModel(nn.Module):
     Raises UserError for sides that 4 does not divide and for settings that `RealLiquidCell` refuses.
     """
 
+    processor_type = SpatialLiquidProcessor  # ablations have others
+
     def __init__(
         self,
         in_channels: int = 3,
@@ -241,7 +245,7 @@ class TrueLiquidDiffusionModel(nn.Module):
         self.num_classes = num_classes
         self.embedding = TimeEmbedding(embedding_dim, num_classes)
         self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.processor = SpatialLiquidProcessor(
+        self.processor = self.processor_type(
             channels, embedding_dim, ode_steps=ode_steps, solver=solver, activation=activation
         )
         self.head = nn.Conv2d(channels[0], in_channels, 3, padding=1)

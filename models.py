@@ -10,11 +10,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoint import read_model
 from diffusion import DDPMScheduler
 from errors import UserError
+from liquid_ablations import ABLATIONS
 from liquid_diffusion import TrueLiquidDiffusionModel
 from liquid_diffusion_inspired import InspiredDiffusionModel
-from unet_reference import UNetReference
+from unet_reference import LADDER, UNetReference
 
 MODELS = {"true": TrueLiquidDiffusionModel, "inspired": InspiredDiffusionModel, "unet": UNetReference}
+
+# what compare.py compares: name -> (model, its config)
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "true": ("true", {}),
+    "inspired": ("inspired", {}),
+    **{f"unet:{rung}": ("unet", shape) for rung, shape in LADDER.items()},
+    "true:steps=1": ("true", {"ode_steps": (1, 1, 1)}),
+    "true:solver=exponential": ("true", {"solver": "exponential"}),
+    **{f"true:{name}": (f"true:{name}", {}) for name in ABLATIONS},
+}
 
 
 def build_model(name: str, **config) -> nn.Module:
@@ -22,10 +33,11 @@ def build_model(name: str, **config) -> nn.Module:
 
     Raises UserError for an unknown name or a keyword argument that the architecture does not have.
     """
-    if name not in MODELS:
-        raise UserError(f"model: must be one of {', '.join(MODELS)}, got {name!r}")
+    known = MODELS | {f"true:{name}": model for name, model in ABLATIONS.items()}
+    if name not in known:
+        raise UserError(f"model: must be one of {', '.join(known)}, got {name!r}")
     try:
-        return MODELS[name](**config)
+        return known[name](**config)
     except TypeError as error:
         raise UserError(f"model {name!r} cannot be built from {config}: {error}") from error
 

@@ -16,14 +16,15 @@ from errors import RunFailed
 SMALLEST_SIDE = 64  # an image of a grid is enlarged to about this many pixels, so that a person sees it
 
 
-def grid_image(images: Tensor) -> Image.Image:
-    """A near-square grid of images (N, C, H, W) in [-1, 1], enlarged in whole steps.
+def grid_image(images: Tensor, columns: int | None = None) -> Image.Image:
+    """A grid of images (N, C, H, W) in [-1, 1], near-square unless so many columns, enlarged in whole steps.
 
     Raises RunFailed if a value is not finite: such an image would be drawn black.
     """
     if not torch.isfinite(images).all():
         raise RunFailed("the images have values that are not finite; no picture was written")
-    grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=math.ceil(math.sqrt(len(images))), padding=1, pad_value=1.0)
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=1.0)
     pixels = (grid * 255).round().byte().permute(1, 2, 0).numpy()
     picture = Image.fromarray(pixels)
     zoom = max(1, SMALLEST_SIDE // images.shape[-1])
@@ -43,6 +44,21 @@ def save_gif(frames: Sequence[Tensor], path: Path) -> None:
     durations = [80] * (len(pictures) - 1) + [2000]
     with atomic_path(path) as temporary:
         pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def save_labelled_rows(rows: dict[str, Tensor], path: Path) -> None:
+    """Write rows of images, each (N, C, H, W) in [-1, 1] with its label at the left, as PNG."""
+    from matplotlib.figure import Figure  # no pyplot: it would look for a display
+
+    count = max(map(len, rows.values()))
+    figure = Figure(figsize=(0.9 * count + 2.2, 0.95 * len(rows)), layout="constrained")
+    for axes, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True):
+        axes.imshow(grid_image(images, columns=count), interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(label, rotation=0, ha="right", va="center")
+        axes.spines[:].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def save_loss_curves(metrics: Path, path: Path) -> None:

@@ -46,7 +46,7 @@ def parser() -> Parser:
     budget = p.add_mutually_exclusive_group()
     budget.add_argument("--epochs", type=LENGTH, default=default["epochs"], help="length, in passes over the set")
     budget.add_argument("--steps", type=integer(1), help="length, in optimizer steps")
-    budget.add_argument("--minutes", type=LENGTH, help="length, in minutes of wall time")
+    budget.add_argument("--minutes", type=LENGTH, help="length, in minutes of training")
     p.add_argument(
         "--batch-size", type=integer(1, 10**6), default=default["batch_size"], help="images a step, all processes"
     )
@@ -132,7 +132,7 @@ def resumed(given: dict, output_dir: Path) -> tuple[TrainConfig, Path]:
     try:
         saved = TrainConfig(**record["train"])
         before = vars(saved) | {"solver": saved.model_config.get("solver")}
-        parser().check({name: value for name, value in before.items() if name != "model_config"})
+        parser().check(before)
         build_model(saved.model, **{"in_channels": 3, **saved.model_config})
     except (AttributeError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{folder / CONFIG_FILE}: not the config of a run ({error})") from None

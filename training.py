@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -73,6 +73,7 @@ class TrainConfig:
     save_every: int = 1000
     tensorboard: bool = False
     skip_bad_images: bool = False
+    draw_grids: bool = True  # no flag: a comparison measures the held-out loss alone
 
     def total_steps(self, num_images: int) -> int | None:
         """Optimizer steps of the run over `num_images`; None if it is bounded by minutes."""
@@ -87,10 +88,19 @@ def learning_rate(peak: float, step: int, progress: float) -> float:
     return peak * min(1, (step + 1) / WARM_UP_STEPS) * cosine
 
 
-def train(config: TrainConfig, *, resume: Path | None = None, dry_run: bool = False) -> Path | None:
+def train(
+    config: TrainConfig,
+    *,
+    resume: Path | None = None,
+    dry_run: bool = False,
+    data: ImageData | None = None,
+    on_progress: Callable[[float], None] | None = None,
+) -> Path | None:
     """Train one model; returns its run folder, or None after a dry run, which does all but the training.
 
     resume: the run folder to go on with; `config` is then that run's own, save for budget, device and the like.
+    data: the data set of the config, if the caller has it in memory already.
+    on_progress: called after each step with the share of the run that is done, instead of what is printed otherwise.
     Raises UserError for what the user can mend, RunFailed if the run fails, KeyboardInterrupt once it is saved.
     """
     if config.tensorboard:
@@ -107,9 +117,10 @@ def train(config: TrainConfig, *, resume: Path | None = None, dry_run: bool = Fa
             torch.use_deterministic_algorithms(True, warn_only=True)
         run = resume or checkpoint.next_run_folder(Path(config.output_dir), f"{config.model}-{config.dataset}")
         with failures_named(run, here, "a smaller --image-size or fewer images"), here.main_first():
-            data = load_images(
+            data = data or load_images(
                 config.dataset, config.data_dir, config.image_size, skip_bad_images=config.skip_bad_images
-            ).to(here.device)
+            )
+            data = data.to(here.device)
         if config.class_conditional and len(data.classes) < 2:
             raise UserError(f"--class-conditional: {config.data_dir} has no classes to tell apart")
 
@@ -128,7 +139,7 @@ def train(config: TrainConfig, *, resume: Path | None = None, dry_run: bool = Fa
         if here.is_main and resume is None and not dry_run:
             run = checkpoint.make_run_folder(run.parent, f"{config.model}-{config.dataset}")
         with failures_named(run, here, smaller):
-            if here.is_main:
+            if here.is_main and on_progress is None:
                 print(description(config, data, model, here, run), flush=True)
             if dry_run:
                 return None
@@ -137,7 +148,7 @@ def train(config: TrainConfig, *, resume: Path | None = None, dry_run: bool = Fa
                 record = {"train": asdict(config), "model": about, "versions": versions, "command": sys.argv}
                 record |= {"skipped_images": data.skipped} if data.skipped else {}
                 checkpoint.save_json(run / checkpoint.CONFIG_FILE, record)
-            finished = loop(config, data, scheduler, state, here, run)
+            finished = loop(config, data, scheduler, state, here, run, on_progress)
         if not finished:
             if not here.is_main:
                 sys.exit(130)  # the main process speaks for all
@@ -189,8 +200,12 @@ def loop(
     state: TrainState,
     here: Processes,
     run: Path,
+    on_progress: Callable[[float], None] | None = None,
 ) -> bool:
-    """Train `state` until its budget is spent (True) or a signal comes (False). Only the main process writes."""
+    """Train `state` until its budget is spent (True) or a signal comes (False). Only the main process writes.
+
+    The run's seconds are those of training: the clock stands still while the run measures, draws and saves.
+    """
     network = torch.compile(state.model) if config.compile else state.model
     if here.world_size > 1:
         network = DistributedDataParallel(network)
@@ -200,11 +215,12 @@ def loop(
     with stop_signals() as received, ExitStack() as stack:
         if here.is_main:
             log = stack.enter_context(RunLog(run, step=state.step, tensorboard=config.tensorboard))
-            bar = stack.enter_context(progress_bar(config, total_steps, state.step))
+            bar = stack.enter_context(progress_bar(config, total_steps, state.step, shown=on_progress is None))
         while True:
             stop, state.seconds = here.agree(float(bool(received)), time.monotonic() - started)
             progress = state.step / total_steps if total_steps else state.seconds / (60 * config.minutes)
             done = progress >= 1
+            paused = time.monotonic()
             if state.step > first_step:
                 log_due, sample_due, save_due = (
                     done or state.step % every == 0
@@ -220,11 +236,11 @@ def loop(
                         if sample_due:
                             held_out = row["held_out_loss"] = held_out_loss(state.ema.module, scheduler, bank)
                             state.check(math.isfinite(held_out), f"the held-out loss is {held_out}", run)
-                            grid = sample_grid(state.ema.module, scheduler, data)
-                            state.check(
-                                grid.isfinite().all(), f"the loss is {mean_loss:.4g} but a sample is not finite", run
-                            )
-                            log.grid(state.step, grid)
+                            if config.draw_grids:
+                                grid = sample_grid(state.ema.module, scheduler, data)
+                                finite = grid.isfinite().all()
+                                state.check(finite, f"the loss is {mean_loss:.4g} but a sample is not finite", run)
+                                log.grid(state.step, grid)
                         log.row(state.step, **row)
                         bar.total = round(images / progress)  # a run of so many minutes learns its length as it goes
                         bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
@@ -232,6 +248,8 @@ def loop(
                     if here.is_main:
                         log.flush()  # before the checkpoint: the rows of the steps that it has are on disk
                     state.save(run, here)
+                if sample_due or save_due:
+                    started += here.agree(time.monotonic() - paused)[0]
             if done or stop:
                 if here.is_main and state.step > 0:
                     log.curves()
@@ -261,6 +279,8 @@ def loop(
             state.step += 1
             if here.is_main:
                 bar.update(config.batch_size)
+                if on_progress is not None:
+                    on_progress(progress)
 
 
 def backward(network: nn.Module, scheduler: DDPMScheduler, batch: Batch, config: TrainConfig, scale: float) -> Tensor:
@@ -329,8 +349,10 @@ def description(config: TrainConfig, data: ImageData, model: nn.Module, here: Pr
     return "\n".join(lines)
 
 
-def progress_bar(config: TrainConfig, total_steps: int | None, step: int) -> tqdm:
+def progress_bar(config: TrainConfig, total_steps: int | None, step: int, *, shown: bool) -> tqdm:
     """Images seen, images a second, time left and, after the first log line, the loss."""
     total = total_steps and total_steps * config.batch_size
     name = config.model if total else f"{config.model}, {config.minutes:g} min"
-    return tqdm(desc=name, total=total, initial=step * config.batch_size, unit="img", mininterval=0.5)
+    return tqdm(
+        desc=name, total=total, initial=step * config.batch_size, unit="img", mininterval=0.5, disable=not shown
+    )

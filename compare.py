@@ -1,0 +1,270 @@
+"""The experiment: several models at equal budgets, in one table with curves and drawings.
+
+python compare.py --arms true inspired unet:38k --budget images --amount 150000 --seeds 3
+python compare.py --arms true unet:38k unet:150k --budget seconds --amount 600 --output-dir comparisons/seconds
+
+Every arm sees the same images, timesteps and noise, has the same batch size, precision, averaging of weights and
+prediction type, and the peak learning rate that is best for it in the same sweep. The same command goes on where an
+interrupted one stopped, and one with more arms or seeds adds to what comparison.csv, sweep.csv and curves.csv hold.
+"""
+
+import interrupted_import  # noqa: F401  # isort: skip
+
+import argparse
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import RESUME_FILE, atomic_path, check_writable, run_folders, save_json
+from command_line import Parser, integer, number, run
+from comparison import Point, Result, markdown, read_rows, save_curves, save_rows
+from diffusion import PREDICTION_TYPES, SCHEDULES, DDPMScheduler, sample_images
+from errors import UserError
+from hardware import DEVICES, choose_device
+from image_data import DATASETS, ImageData, held_out_bank, load_images
+from models import ARMS, build_model, count_parameters, load_model, multiply_adds
+from pictures import save_labelled_rows
+from training import TrainConfig, held_out_loss, train
+from wiener import fit_wiener
+
+BUDGETS = ("images", "flops", "seconds")
+DRAWN = 10  # images of each arm in grid.png
+MEASUREMENTS = 10  # held-out losses along a training, for the curves
+STEPS_BETWEEN = 1000  # between two of them where the number of steps is not known
+TOLERANCE = 0.01  # of the budget, within which every training has to end
+OWN = {"arms", "seeds", "reference", "device", "data_dir", "output_dir"}  # flags that a repeated command may change
+LARGEST_WIENER = 4096  # values an image, for which an eigendecomposition is a matter of a minute
+
+
+def parser() -> Parser:
+    """All flags."""
+    default = TrainConfig()
+    p = Parser(prog="compare.py", description="Train several models at equal budgets and compare them.")
+    p.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=["true", "inspired", "unet:38k"], metavar="ARM",
+        help=f"what to compare: {', '.join(ARMS)}",
+    )  # fmt: skip
+    p.add_argument("--reference", choices=list(ARMS), default="true", metavar="ARM", help="what differences are to")
+    p.add_argument(
+        "--budget", choices=BUDGETS, default="images", help="what is equal; flops: multiply-adds of training"
+    )
+    p.add_argument(
+        "--amount", type=number("greater than 0", lambda v: v > 0), default=150_000, help="of the budget, a training"
+    )
+    p.add_argument("--seeds", type=integer(1, 1000), default=3, help="trainings of each arm, with seeds 0, 1, ...")
+    p.add_argument(
+        "--lrs", nargs="+", type=number("greater than 0", lambda v: v > 0), default=[1e-3, 2e-3, 4e-3, 8e-3],
+        metavar="LR", help="peak learning rates of the sweep; one alone is taken without a sweep",
+    )  # fmt: skip
+    p.add_argument(
+        "--sweep-share", type=number("from 0 to 1", lambda v: 0 < v <= 1), default=0.1, help="of the amount, a rate"
+    )
+    p.add_argument("--dataset", choices=DATASETS, default=default.dataset, help="what to learn")
+    p.add_argument("--data-dir", default=default.data_dir, help="where data sets are kept; the images of `folder`")
+    p.add_argument("--image-size", type=integer(4, 4096), help="resize to this side")
+    p.add_argument("--output-dir", default="comparisons/images", help="where everything is written")
+    p.add_argument("--batch-size", type=integer(1, 10**6), default=default.batch_size, help="images a step")
+    p.add_argument("--timesteps", type=integer(2, 10**5), default=default.timesteps, help="diffusion steps T")
+    p.add_argument("--schedule", choices=SCHEDULES, default=default.schedule, help="noise schedule")
+    p.add_argument("--prediction-type", choices=PREDICTION_TYPES, default=default.prediction_type, help="of all arms")
+    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all arms")
+    p.add_argument("--compile", action="store_true", help="torch.compile every arm")
+    p.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu")
+    return p
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all trainings of a comparison share."""
+
+    settings: argparse.Namespace
+    data: ImageData
+    folder: Path
+
+    def cost(self, arm: str) -> int:
+        """Multiply-adds of one forward pass of one image."""
+        return multiply_adds(self.network(arm), self.data.shape)
+
+    def network(self, arm: str) -> torch.nn.Module:
+        """The arm's network, untrained."""
+        model, model_config = ARMS[arm]
+        return build_model(model, **{"in_channels": self.data.shape[0], **model_config})
+
+    def config(self, arm: str, lr: float, seed: int, amount: float, folder: Path) -> TrainConfig:
+        """The training of an arm over `amount` of the budget."""
+        s = self.settings
+        steps = minutes = None
+        if s.budget == "seconds":
+            minutes = amount / 60
+        else:
+            images = amount if s.budget == "images" else amount / (3 * self.cost(arm))
+            steps = max(1, round(images / s.batch_size))
+        every = max(1, steps // MEASUREMENTS) if steps else STEPS_BETWEEN
+        model, model_config = ARMS[arm]
+        return TrainConfig(
+            model=model,
+            model_config=model_config,
+            **{name: getattr(s, name) for name in ("dataset", "data_dir", "image_size", "batch_size", "timesteps")},
+            **{name: getattr(s, name) for name in ("schedule", "prediction_type", "precision", "compile", "device")},
+            epochs=None,
+            steps=steps,
+            minutes=minutes,
+            lr=lr,
+            seed=seed,
+            output_dir=str(folder),
+            sample_every=every,
+            save_every=every,
+            draw_grids=False,
+        )
+
+    def folder_of(self, arm: str, lr: float, seed: int, share: float) -> Path:
+        """Where the run folder of a training is made."""
+        name = f"{arm.replace(':', '-').replace('=', '-')}-lr{lr:g}-seed{seed}-share{share:g}"
+        return self.folder / "runs" / name
+
+    def run(self, arm: str, lr: float, seed: int, share: float, bar: tqdm) -> tuple[Result, list[Point]]:
+        """Train, or go on with, one training over a share of the amount; (its result, its curve)."""
+        folder, done = self.folder_of(arm, lr, seed, share), 0.0
+        amount = share * self.settings.amount
+        started = [path for path in run_folders(folder) if (path / RESUME_FILE).exists()]
+
+        def advance(progress: float) -> None:
+            nonlocal done
+            pass_time(bar, self.weight(arm, share) * (min(progress, 1) - done))
+            done = min(progress, 1)
+
+        bar.set_description(f"{arm} lr {lr:g} seed {seed}")
+        config = self.config(arm, lr, seed, amount, folder)
+        finished = train(config, resume=started[-1] if started else None, data=self.data, on_progress=advance)
+        advance(1)
+        with open(finished / "metrics.csv", newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["held_out_loss"]]
+        curve = [
+            Point(arm, seed, int(row["images"]), float(row["seconds"]), float(row["held_out_loss"])) for row in rows
+        ]
+        cost, last = self.cost(arm), curve[-1]
+        result = Result(
+            arm=arm,
+            seed=seed,
+            parameters=count_parameters(self.network(arm)),
+            multiply_adds=cost,
+            lr=lr,
+            images=last.images,
+            training_multiply_adds=3.0 * last.images * cost,
+            seconds=last.seconds,
+            eps_mse=last.eps_mse,
+        )
+        spent = {"images": last.images, "flops": result.training_multiply_adds, "seconds": result.seconds}
+        off = spent[self.settings.budget] / amount - 1
+        if abs(off) > TOLERANCE:
+            bar.write(f"{arm}, seed {seed}: ended {off:+.1%} off its budget: a step is too large a part of it")
+        return result, curve
+
+    def weight(self, arm: str, share: float) -> float:
+        """What a training adds to the progress bar: about the time that it takes."""
+        return share * (self.cost(arm) if self.settings.budget == "images" else 1)
+
+
+def pass_time(bar: tqdm, amount: float) -> None:
+    """Move the bar, and never past its end by a rounding."""
+    bar.update(min(amount, bar.total - bar.n))
+
+
+def main() -> None:
+    """Parse, check, sweep, train, tell."""
+    s = parser().parse_args()
+    folder = Path(s.output_dir)
+    check_writable(folder, "--output-dir")
+    choose_device(s.device)
+    s.arms, s.lrs = list(dict.fromkeys(s.arms)), sorted(set(s.lrs))
+    settings = shared_settings(s, folder)
+    data = load_images(s.dataset, s.data_dir, s.image_size)
+    experiment = Experiment(s, data, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_json(folder / "comparison.json", settings)
+    try:
+        results, points = train_all(experiment)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on from here") from None
+
+    wiener = None
+    if data.train[0].numel() <= LARGEST_WIENER:
+        scheduler = DDPMScheduler(s.timesteps, s.schedule, s.prediction_type)
+        wiener = held_out_loss(*fit_wiener(data, scheduler), held_out_bank(data, s.timesteps))
+    table = markdown(results, wiener, s.reference)
+    with atomic_path(folder / "comparison.md") as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    save_curves(results, points, folder / "curves.png")
+    drawings = drawn(experiment, results)
+    if drawings:
+        save_labelled_rows(drawings, folder / "grid.png")
+    print(table)
+    for name in ("comparison.csv", "sweep.csv", "curves.csv", "comparison.md", "curves.png", "grid.png"):
+        if (folder / name).exists():
+            print(folder / name)
+
+
+def drawn(experiment: Experiment, results: list[Result]) -> dict[str, torch.Tensor]:
+    """Images of every arm whose weights of seed 0 are there, all from the same noise."""
+    images = {}
+    for result in results:
+        folders = run_folders(experiment.folder_of(result.arm, result.lr, 0, 1))
+        if result.seed == 0 and folders:
+            model, scheduler, about = load_model(folders[-1])
+            model.to(choose_device(experiment.settings.device))
+            steps = min(50, scheduler.num_timesteps)
+            images[result.arm] = sample_images(model, scheduler, about["shape"], DRAWN, steps=steps)
+    return images
+
+
+def shared_settings(s: argparse.Namespace, folder: Path) -> dict:
+    """What every training of the comparison shares. Raises UserError if the folder holds another comparison."""
+    settings = {name: value for name, value in vars(s).items() if name not in OWN}
+    path = folder / "comparison.json"
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not readable ({error})") from error
+        for name, value in settings.items():
+            if before.get(name) != value:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag}: {value} contradicts {path}: {before.get(name)}; use another --output-dir")
+    return settings
+
+
+def train_all(experiment: Experiment) -> tuple[list[Result], list[Point]]:
+    """Sweep and train every arm; all results and curves of the folder, those of earlier commands among them."""
+    s, folder = experiment.settings, experiment.folder
+    results, sweep = read_rows(Result, folder / "comparison.csv"), read_rows(Result, folder / "sweep.csv")
+    points = read_rows(Point, folder / "curves.csv")
+    swept = len(s.lrs) if len(s.lrs) > 1 else 0
+    total = sum(s.seeds * experiment.weight(arm, 1) + swept * experiment.weight(arm, s.sweep_share) for arm in s.arms)
+    form = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(total=total, bar_format=form, mininterval=1) as bar:
+        for arm in s.arms:
+            for lr in s.lrs if swept else []:
+                if any((row.arm, row.lr) == (arm, lr) for row in sweep):
+                    pass_time(bar, experiment.weight(arm, s.sweep_share))
+                    continue
+                sweep.append(experiment.run(arm, lr, 0, s.sweep_share, bar)[0])
+                save_rows(sweep, folder / "sweep.csv")
+            lr = min((row for row in sweep if row.arm == arm), key=lambda row: row.eps_mse).lr if swept else s.lrs[0]
+            for seed in range(s.seeds):
+                if any((row.arm, row.seed) == (arm, seed) for row in results):
+                    pass_time(bar, experiment.weight(arm, 1))
+                    continue
+                result, curve = experiment.run(arm, lr, seed, 1, bar)
+                results.append(result)
+                points += curve
+                save_rows(points, folder / "curves.csv")
+                save_rows(results, folder / "comparison.csv")  # the last: what it has is finished
+    return results, points
+
+
+if __name__ == "__main__":
+    run("compare.py", main)

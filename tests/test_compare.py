@@ -1,0 +1,162 @@
+"""`compare.py` as a user meets it: equal conditions, budgets that hold, an interruption that costs nothing."""
+
+import csv
+import json
+import shutil
+import signal
+from unittest import mock
+
+import pytest
+from conftest import call, refused, run_command, start_command, wait_for
+
+import compare
+from checkpoint import read_config, read_model, read_resume
+from comparison import Result
+
+TINY = ["--dataset", "digits", "--timesteps", 8, "--batch-size", 8, "--device", "cpu"]
+
+
+def compared(folder, *options) -> list[dict[str, str]]:
+    """The rows of comparison.csv of a tiny comparison, with few measurements on the way."""
+    with mock.patch.object(compare, "MEASUREMENTS", 2):
+        code, _, err = call(compare, *TINY, "--output-dir", folder, *options)
+    assert code == 0, err
+    return table(folder / "comparison.csv")
+
+
+def table(path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """Two arms, two seeds, two rates: a folder and its rows."""
+    folder = tmp_path_factory.mktemp("experiment")
+    options = ["--arms", "inspired", "unet:38k", "--seeds", 2, "--lrs", 1e-3, 1e-2, "--amount", 800]
+    return folder, options, compared(folder, *options, "--sweep-share", 0.5, "--reference", "inspired")
+
+
+def test_every_arm_and_seed_has_its_row_and_the_files_are_there(experiment):
+    folder, _, rows = experiment
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        ("inspired", "0"), ("inspired", "1"), ("unet:38k", "0"), ("unet:38k", "1"),
+    ]  # fmt: skip
+    assert list(rows[0]) == list(Result.__dataclass_fields__)
+    text = (folder / "comparison.md").read_text()
+    assert all(word in text for word in ("`inspired`", "`unet:38k`", "`wiener`", "no verdict", "Parameter-efficiency"))
+    for name in ("curves.png", "grid.png"):
+        assert (folder / name).stat().st_size > 10_000
+
+
+def test_all_arms_train_under_the_same_conditions(experiment):
+    folder, _, rows = experiment
+    configs = [read_config(path.parent)["train"] for path in sorted(folder.glob("runs/*share1/*/config.json"))]
+    assert len(configs) == 4
+    own = {"model", "model_config", "lr", "seed", "output_dir"}
+    assert len({json.dumps({k: v for k, v in config.items() if k not in own}) for config in configs}) == 1
+    assert {row["images"] for row in rows} == {"800"}
+    losses = {path.parent.parent.name: read_model(path.parent)[1] for path in folder.glob("runs/*/*/model.safetensors")}
+    assert {about["prediction_type"] for about in losses.values()} == {"edm"}
+
+
+def test_each_arm_takes_the_rate_that_was_best_for_it_in_the_sweep(experiment):
+    folder, _, rows = experiment
+    sweep = table(folder / "sweep.csv")
+    assert [(row["arm"], float(row["lr"])) for row in sweep] == [
+        (arm, lr) for arm in ("inspired", "unet:38k") for lr in (1e-3, 1e-2)
+    ]
+    assert {row["images"] for row in sweep} == {"400"}
+    for arm in ("inspired", "unet:38k"):
+        best = min((row for row in sweep if row["arm"] == arm), key=lambda row: float(row["eps_mse"]))["lr"]
+        assert {row["lr"] for row in rows if row["arm"] == arm} == {best}
+
+
+def test_the_same_command_again_trains_nothing_and_says_the_same(experiment):
+    folder, options, rows = experiment
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/checkpoint.pt")}
+    text = (folder / "comparison.md").read_text()
+    assert compared(folder, *options, "--sweep-share", 0.5, "--reference", "inspired") == rows
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/checkpoint.pt")} == before
+    assert (folder / "comparison.md").read_text() == text
+
+
+def test_an_interrupted_comparison_ends_with_the_same_figures(tmp_path):
+    options = ["--arms", "inspired", "--reference", "inspired", "--lrs", 4e-3, "--amount", 800]
+    whole = compared(tmp_path / "whole", *options, "--seeds", 2)
+    options += ["--output-dir", tmp_path / "part"]
+    process = start_command("compare.py", *TINY, *options, "--seeds", 2)
+    wait_for(lambda: list(tmp_path.glob("part/runs/*seed1*/*/checkpoint.pt")), process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1] == "compare.py: interrupted: the same command goes on from here"
+    assert [row["seed"] for row in table(tmp_path / "part/comparison.csv")] == ["0"]
+    done = run_command("compare.py", *TINY, *options, "--seeds", 2)
+    assert done.returncode == 0, done.stderr
+    part = table(tmp_path / "part/comparison.csv")
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in part] == [
+        {k: v for k, v in row.items() if k != "seconds"} for row in whole
+    ]
+
+
+def test_results_alone_are_enough_to_go_on_with_another_arm(experiment, tmp_path):
+    """What a repository keeps of a comparison: three tables, no weights."""
+    folder, options, rows = experiment
+    for name in ("comparison.csv", "sweep.csv", "curves.csv", "comparison.json"):
+        shutil.copy(folder / name, tmp_path / name)
+    options = [*options, "--sweep-share", 0.5, "--reference", "inspired"]
+    options[options.index("unet:38k")] = "true:pooled"
+    added = compared(tmp_path, *options)
+    assert added[:4] == rows and [row["arm"] for row in added[4:]] == ["true:pooled"] * 2
+    assert "`unet:38k`" in (tmp_path / "comparison.md").read_text()
+
+
+def test_a_budget_of_multiply_adds_and_one_of_seconds_hold_within_a_hundredth(tmp_path):
+    rows = compared(
+        tmp_path / "flops", "--arms", "inspired", "true:pooled", "--seeds", 1, "--lrs", 4e-3, "--budget", "flops",
+        "--amount", 3e9, "--reference", "inspired",
+    )  # fmt: skip
+    for row in rows:
+        assert float(row["training_multiply_adds"]) == pytest.approx(3e9, rel=0.01)
+        assert float(row["training_multiply_adds"]) == 3 * int(row["images"]) * int(row["multiply_adds"])
+    assert int(rows[0]["images"]) != int(rows[1]["images"])
+    (row,) = compared(
+        tmp_path / "seconds", "--arms", "true:pooled", "--seeds", 1, "--lrs", 4e-3, "--budget", "seconds",
+        "--amount", 4,
+    )  # fmt: skip
+    assert float(row["seconds"]) == pytest.approx(4, rel=0.01)
+
+
+def test_what_would_mix_two_comparisons_is_refused(experiment, tmp_path):
+    folder, _, _ = experiment
+    copy = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
+    for flag, value in (("--batch-size", 16), ("--amount", 900), ("--timesteps", 9)):
+        options = [*TINY, "--lrs", 1e-3, 1e-2, "--amount", 800, "--sweep-share", 0.5, flag, value]
+        code, out, err = call(compare, *options, "--output-dir", copy)
+        assert (code, out, err.count("\n")) == (2, "", 1) and flag in err, err
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("--arms", "unet:3k"), ("--budget", "hours"), ("--amount", 0), ("--seeds", 0), ("--lrs", "nan")]
+)
+def test_a_bad_value_is_refused_by_its_flag(flag, value, tmp_path):
+    code, _, err = call(compare, *TINY, "--output-dir", tmp_path / "x", flag, value)
+    assert code == 2 and err.startswith(f"compare.py: error: {flag}: ") and err.count("\n") == 1, err
+
+
+def test_a_refusal_leaves_the_shell_with_2_and_one_line():
+    refused(run_command("compare.py", "--arms", "horse"), "compare.py: error: --arms", "horse")
+
+
+def test_the_clock_stands_still_while_a_run_is_measured(tmp_path, monkeypatch):
+    """A measurement that lasts four seconds is no second of the budget."""
+    import time
+
+    import training
+
+    slow = training.held_out_loss
+    monkeypatch.setattr(training, "held_out_loss", lambda *a: (time.sleep(4), slow(*a))[1])
+    (row,) = compared(tmp_path, "--arms", "true:pooled", "--seeds", 1, "--lrs", 4e-3, "--amount", 200)
+    assert float(row["seconds"]) < 4
+    assert read_resume(next(tmp_path.glob("runs/*/*/checkpoint.pt")))["seconds"] < 4
