@@ -28,7 +28,8 @@ from hardware import DEVICES, choose_device
 from image_data import DATASETS, ImageData, held_out_bank, load_images
 from models import ARMS, build_model, count_parameters, load_model, multiply_adds
 from pictures import save_labelled_rows
-from training import TrainConfig, held_out_loss, train
+from training import TrainConfig, train
+from validation import held_out_loss
 from wiener import fit_wiener
 
 BUDGETS = ("images", "flops", "seconds")
@@ -89,6 +90,13 @@ class Experiment:
         """Multiply-adds of one forward pass of one image."""
         return multiply_adds(self.network(arm), self.data.shape)
 
+    def training_cost(self, arm: str) -> int:
+        """Multiply-adds of training on one image: one forward pass, and two for the backward pass.
+
+        A model that carries its state sees none, one or two noisier images before, one on average.
+        """
+        return (4 if getattr(self.network(arm), "carries_state", False) else 3) * self.cost(arm)
+
     def network(self, arm: str) -> torch.nn.Module:
         """The arm's network, untrained."""
         model, model_config = ARMS[arm]
@@ -101,7 +109,7 @@ class Experiment:
         if s.budget == "seconds":
             minutes = amount / 60
         else:
-            images = amount if s.budget == "images" else amount / (3 * self.cost(arm))
+            images = amount if s.budget == "images" else amount / self.training_cost(arm)
             steps = max(1, round(images / s.batch_size))
         every = max(1, steps // MEASUREMENTS) if steps else STEPS_BETWEEN
         model, model_config = ARMS[arm]
@@ -146,15 +154,15 @@ class Experiment:
         curve = [
             Point(arm, seed, int(row["images"]), float(row["seconds"]), float(row["held_out_loss"])) for row in rows
         ]
-        cost, last = self.cost(arm), curve[-1]
+        last = curve[-1]
         result = Result(
             arm=arm,
             seed=seed,
             parameters=count_parameters(self.network(arm)),
-            multiply_adds=cost,
+            multiply_adds=self.cost(arm),
             lr=lr,
             images=last.images,
-            training_multiply_adds=3.0 * last.images * cost,
+            training_multiply_adds=float(last.images * self.training_cost(arm)),
             seconds=last.seconds,
             eps_mse=last.eps_mse,
         )
@@ -166,7 +174,7 @@ class Experiment:
 
     def weight(self, arm: str, share: float) -> float:
         """What a training adds to the progress bar: about the time that it takes."""
-        return share * (self.cost(arm) if self.settings.budget == "images" else 1)
+        return share * (self.training_cost(arm) if self.settings.budget == "images" else 1)
 
 
 def pass_time(bar: tqdm, amount: float) -> None:

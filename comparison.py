@@ -30,7 +30,7 @@ class Result:
     multiply_adds: int  # of one forward pass of one image
     lr: float
     images: int
-    training_multiply_adds: float  # three forward passes an image: one forward, two backward
+    training_multiply_adds: float  # of the whole training, the backward passes counted as two forward ones
     seconds: float
     eps_mse: float
 
@@ -185,7 +185,8 @@ def save_curves(results: Sequence[Result], points: Sequence[Point], path: Path) 
             np.mean([[getattr(p, name) for p in run] for run in runs], axis=0)
             for name in ("eps_mse", "images", "seconds")
         )
-        for panel, x in zip(panels, (images, 3 * images * part[0].multiply_adds, seconds), strict=True):
+        an_image = part[0].training_multiply_adds / part[0].images
+        for panel, x in zip(panels, (images, images * an_image, seconds), strict=True):
             panel.plot(x, loss, "o-", label=arm, linewidth=1, markersize=3)
     for panel, label in zip(panels, ("images", "training multiply-adds", "seconds of training"), strict=True):
         panel.set(xlabel=label, xscale="log", yscale="log")

@@ -95,6 +95,33 @@ class DDPMScheduler:
         """F of shape (B, C, H, W), in the dtype of x_t whatever autocast made of it inside the network."""
         return model(self.at("input_scale", t, x_t) * x_t, t, **condition).to(x_t.dtype)
 
+    def network_step(self, model: nn.Module, x_t: Tensor, t: Tensor, state: object, **condition):
+        """(F, the state that goes to the next, cleaner step). Models that carry no state are given and leave None."""
+        if not getattr(model, "carries_state", False):
+            return self.network_output(model, x_t, t, **condition), None
+        output, state = model(self.at("input_scale", t, x_t) * x_t, t, state, return_state=True, **condition)
+        return output.to(x_t.dtype), state
+
+    @torch.no_grad()
+    def remember(self, model: nn.Module, x_t: Tensor, t: Tensor, noise: Tensor, **condition) -> object:
+        """The state that a sampler of 50 steps would bring to x_t (B, C, H, W), for training and measuring one step.
+
+        noise: (K, B, C, H, W), standard normal, for K noisier images of the same trajectory, which the model sees from
+        the noisiest on. Each comes from the forward kernel q(x_s | x_t), s > t, with noise of its own: two noisings of
+        one x_0 with one eps would let the network solve for x_0.
+        """
+        stride = max(1, self.num_timesteps // 50)
+        images, times = [x_t], [t]
+        for fresh in noise:
+            s = (times[-1] + stride).clamp(max=self.num_timesteps - 1)
+            ratio = self.at("alpha", s, x_t) / self.at("alpha", times[-1], x_t)
+            images.append(ratio * images[-1] + (1 - ratio**2).sqrt() * fresh)
+            times.append(s)
+        state = None
+        for x_s, s in zip(images[:0:-1], times[:0:-1], strict=True):
+            _, state = self.network_step(model, x_s, s, state, **condition)
+        return state
+
     def predict(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x_0, eps), each (B, C, H, W), from the network's output F at x_t."""
         alpha, sigma = self.at("alpha", t, x_t), self.at("sigma", t, x_t)
@@ -141,13 +168,13 @@ def denoiser(
 
     def denoise(x: Tensor, t: int, state: object) -> tuple[Tensor, Tensor, object]:
         times = torch.full((len(x),), t, device=x.device)
-        if labels is None:
-            output = scheduler.network_output(model, x, times)
-        elif guidance == 1.0:
-            output = scheduler.network_output(model, x, times, labels=labels)
+        if labels is None or guidance == 1.0:
+            condition = {} if labels is None else {"labels": labels}
+            output, state = scheduler.network_step(model, x, times, state, **condition)
         else:
             both = torch.cat([labels, torch.full_like(labels, model.num_classes)])  # the class behind the last: none
-            output = scheduler.network_output(model, torch.cat([x, x]), torch.cat([times, times]), labels=both)
+            doubled = torch.cat([x, x]), torch.cat([times, times])
+            output, state = scheduler.network_step(model, *doubled, state, labels=both)
             conditional, unconditional = output.chunk(2)
             output = torch.lerp(unconditional, conditional, guidance)
         x_0, eps = scheduler.predict(output, x, times)

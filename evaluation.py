@@ -25,7 +25,7 @@ from likelihood import NUM_STRATA, timestep_strata, variational_bound
 from models import count_parameters, multiply_adds
 from neighbours import comparison, nearest
 from sliced_wasserstein import DIRECTIONS, PATCH, PATCHES, num_blocks, pyramid_levels, sliced_wasserstein
-from training import held_out_loss
+from validation import held_out_loss
 
 BINS = 10
 SHOWN = 16  # samples whose nearest training images are drawn, and pictures a row

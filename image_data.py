@@ -240,6 +240,19 @@ def training_batch(
     return Batch(x_0, t, eps, labels)
 
 
+def memory_noise(
+    shape: tuple[int, int, int], *, seed: int, number: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Tensor:
+    """Noise for the noisier images that a model with memory sees before those of batch `number`: (K, B, C, H, W).
+
+    K is 0, 1 or 2, at random for each batch. On the CPU, so that it is the same for every device.
+    """
+    random = _generator("cpu", seed, number, stream=2)
+    passes = int(torch.randint(3, (), generator=random))
+    share = slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
+    return torch.randn(passes, batch_size, *shape, generator=random)[:, share]
+
+
 def held_out_bank(data: ImageData, num_timesteps: int, size: int = BANK_SIZE) -> Batch:
     """The frozen bank that every model is measured on: held-out images, t stratified over all T steps, fixed eps.
 

@@ -1,6 +1,6 @@
-"""The true liquid model with one thing taken away, at equal parameters: what each part is worth.
+"""The true liquid model with one thing taken away or added, at equal parameters: what each part is worth.
 
-`compare.py --arms true true:pooled true:tau=fixed true:untied` measures it.
+`compare.py --arms true true:pooled true:tau=fixed true:untied true:memory` measures it.
 """
 
 from collections.abc import Sequence
@@ -106,4 +106,10 @@ class UntiedLiquid(TrueLiquidDiffusionModel):
         super().__init__(in_channels, num_classes, channels, **options)
 
 
-ABLATIONS = {"pooled": PooledLiquid, "tau=fixed": FixedTauLiquid, "untied": UntiedLiquid}
+class MemoryLiquid(TrueLiquidDiffusionModel):
+    """The state of one denoising step starts the next: the reverse diffusion is the time series that it follows."""
+
+    carries_state = True
+
+
+ABLATIONS = {"pooled": PooledLiquid, "tau=fixed": FixedTauLiquid, "untied": UntiedLiquid, "memory": MemoryLiquid}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import checkpoint
 from command_line import stop_signals
-from diffusion import DDPMScheduler, sample_images
+from diffusion import DDPMScheduler
 from errors import RunFailed, UserError
 from hardware import (
     Processes,
@@ -32,15 +32,15 @@ from hardware import (
     is_out_of_memory,
     join_processes,
 )
-from image_data import Batch, ImageData, held_out_bank, load_images, training_batch
+from image_data import Batch, ImageData, held_out_bank, load_images, memory_noise, training_batch
 from models import build_model, count_parameters, multiply_adds
 from run_log import RunLog, tensorboard_writer
 from train_state import TrainState
+from validation import held_out_loss, sample_grid
 
 WARM_UP_STEPS = 200
 FINAL_LR_SHARE = 0.02  # of the peak, where the cosine ends
 GRADIENT_NORM = 1.0
-GRID_IMAGES = 64
 SKIPPED_SHOWN = 3
 
 
@@ -265,8 +265,18 @@ def loop(
                 rank=here.rank,
                 world_size=here.world_size,
             )
+            memory = None
+            if getattr(state.model, "carries_state", False):
+                memory = memory_noise(
+                    data.shape,
+                    seed=config.seed,
+                    number=state.step,
+                    batch_size=config.batch_size,
+                    rank=here.rank,
+                    world_size=here.world_size,
+                ).to(here.device)
             # DistributedDataParallel averages over the processes: scaled so, the average is the global batch's mean
-            loss = backward(network, scheduler, batch, config, here.world_size / config.batch_size)
+            loss = backward(network, scheduler, batch, config, here.world_size / config.batch_size, memory)
             nn.utils.clip_grad_norm_(state.model.parameters(), GRADIENT_NORM)
             lr = learning_rate(config.lr, state.step, progress)
             for group in state.optimizer.param_groups:
@@ -283,32 +293,26 @@ def loop(
                     on_progress(progress)
 
 
-def backward(network: nn.Module, scheduler: DDPMScheduler, batch: Batch, config: TrainConfig, scale: float) -> Tensor:
-    """Add the gradient of the batch's summed loss times `scale`; returns that loss."""
+def backward(
+    network: nn.Module,
+    scheduler: DDPMScheduler,
+    batch: Batch,
+    config: TrainConfig,
+    scale: float,
+    memory: Tensor | None = None,
+) -> Tensor:
+    """Add the gradient of the batch's summed loss times `scale`; returns that loss.
+
+    memory: noise for what a model that carries its state has seen before (`DDPMScheduler.remember`).
+    """
     condition = {"labels": batch.labels} if config.class_conditional else {}
     with torch.autocast(batch.x_0.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        if memory is not None:
+            x_t = scheduler.add_noise(batch.x_0, batch.t, batch.eps)
+            condition["state"] = scheduler.remember(network, x_t, batch.t, memory, **condition)
         loss = scheduler.loss(network, batch.x_0, batch.t, batch.eps, **condition).sum() * scale
     loss.backward()
     return loss.detach()
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, scheduler: DDPMScheduler, bank: Batch, chunk: int = 250) -> float:
-    """Held-out eps-MSE: float32, mean over the frozen bank. A model with classes is told each image's class."""
-    device = next(model.parameters()).device
-    losses = []
-    for part in zip(*(values.split(chunk) for values in vars(bank).values()), strict=True):
-        x_0, t, eps, labels = (values.to(device) for values in part)
-        condition = {"labels": labels} if model.num_classes else {}
-        losses.append(scheduler.loss(model, x_0, t, eps, **condition))
-    return torch.cat(losses).double().mean().item()
-
-
-def sample_grid(model: nn.Module, scheduler: DDPMScheduler, data: ImageData) -> Tensor:
-    """Images to look at while training, always from the same noise; the classes take turns."""
-    labels = torch.arange(GRID_IMAGES) % model.num_classes if model.num_classes else None
-    steps = min(50, scheduler.num_timesteps)
-    return sample_images(model, scheduler, data.shape, GRID_IMAGES, steps=steps, labels=labels)
 
 
 def measured_precision(

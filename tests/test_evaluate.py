@@ -24,7 +24,7 @@ from likelihood import variational_bound
 from models import load_model
 from neighbours import nearest
 from sliced_wasserstein import sliced_wasserstein
-from training import held_out_loss
+from validation import held_out_loss
 
 FEW_STEPS = ["--device", "cpu", "--precision", "fp32", "--timesteps", 20, "--lr", 0.02, "--batch-size", 16]
 QUICK = ["--device", "cpu", "--num-images", 20, "--steps", 3]

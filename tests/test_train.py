@@ -19,7 +19,7 @@ import train
 from checkpoint import read_model, read_resume
 from image_data import held_out_bank, load_images
 from models import build_model, load_model
-from training import held_out_loss
+from validation import held_out_loss
 
 
 def rows(run: Path) -> list[dict[str, str]]:

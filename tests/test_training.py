@@ -12,7 +12,8 @@ from hardware import choose_device, choose_precision
 from image_data import Batch, ImageData, held_out_bank, load_images, to_float
 from models import load_model
 from train_state import ema_decay
-from training import TrainConfig, held_out_loss, learning_rate, train
+from training import TrainConfig, learning_rate, train
+from validation import held_out_loss
 
 
 def wiener_loss(data: ImageData, scheduler: DDPMScheduler, bank: Batch) -> float:

@@ -6,7 +6,7 @@ import torch
 
 from diffusion import DDPMScheduler
 from image_data import ImageData, held_out_bank, load_images, to_float
-from training import held_out_loss
+from validation import held_out_loss
 from wiener import WienerDenoiser, fit_wiener
 
 
