@@ -58,12 +58,13 @@ def parser() -> Parser:
     )
     p.add_argument("--seeds", type=integer(1, 1000), default=3, help="trainings of each arm, with seeds 0, 1, ...")
     p.add_argument(
-        "--lrs", nargs="+", type=number("greater than 0", lambda v: v > 0), default=[1e-3, 2e-3, 4e-3, 8e-3],
+        "--lrs", nargs="+", type=number("greater than 0", lambda v: v > 0), default=[2e-3, 4e-3, 8e-3],
         metavar="LR", help="peak learning rates of the sweep; one alone is taken without a sweep",
     )  # fmt: skip
     p.add_argument(
-        "--sweep-share", type=number("from 0 to 1", lambda v: 0 < v <= 1), default=0.1, help="of the amount, a rate"
-    )
+        "--sweep-share", type=number("from 0 to 1", lambda v: 0 < v <= 1), default=1.0,
+        help="of the amount, a rate of the sweep; short sweeps prefer rates that are too high for the whole amount",
+    )  # fmt: skip
     p.add_argument("--dataset", choices=DATASETS, default=default.dataset, help="what to learn")
     p.add_argument("--data-dir", default=default.data_dir, help="where data sets are kept; the images of `folder`")
     p.add_argument("--image-size", type=integer(4, 4096), help="resize to this side")

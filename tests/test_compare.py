@@ -100,6 +100,14 @@ def test_an_interrupted_comparison_ends_with_the_same_figures(tmp_path):
     ]
 
 
+def test_a_sweep_of_the_whole_amount_is_the_first_seed_of_the_best_rate(tmp_path):
+    options = ["--arms", "inspired", "--reference", "inspired", "--seeds", 2, "--lrs", 1e-3, 1e-2, "--amount", 160]
+    rows = compared(tmp_path, *options)
+    sweep = table(tmp_path / "sweep.csv")
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+    assert rows[0] == min(sweep, key=lambda row: float(row["eps_mse"]))
+
+
 def test_results_alone_are_enough_to_go_on_with_another_arm(experiment, tmp_path):
     """What a repository keeps of a comparison: three tables, no weights."""
     folder, options, rows = experiment
