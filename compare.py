@@ -28,7 +28,8 @@ from hardware import DEVICES, choose_device
 from image_data import DATASETS, ImageData, held_out_bank, load_images
 from models import ARMS, build_model, count_parameters, load_model, multiply_adds
 from pictures import save_labelled_rows
-from training import TrainConfig, train
+from train_config import TrainConfig
+from training import train
 from validation import held_out_loss
 from wiener import fit_wiener
 

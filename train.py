@@ -20,7 +20,8 @@ from hardware import DEVICES, PRECISIONS
 from image_data import DATASETS
 from liquid_diffusion import STEP_SHARE
 from models import MODELS, build_model
-from training import TrainConfig, train
+from train_config import TrainConfig
+from training import train
 
 # what a resumed run may change: how long, where and how loudly, not what is learned from what
 CHANGEABLE = {

@@ -8,7 +8,8 @@ from image_data import held_out_bank, load_images, memory_noise
 from liquid_ablations import MemoryLiquid
 from liquid_diffusion import TrueLiquidDiffusionModel
 from models import load_model
-from training import TrainConfig, train
+from train_config import TrainConfig
+from training import train
 from validation import held_out_loss
 
 

@@ -11,8 +11,9 @@ from errors import UserError
 from hardware import choose_device, choose_precision
 from image_data import Batch, ImageData, held_out_bank, load_images, to_float
 from models import load_model
+from train_config import TrainConfig
 from train_state import ema_decay
-from training import TrainConfig, learning_rate, train
+from training import learning_rate, train
 from validation import held_out_loss
 
 
