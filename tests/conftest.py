@@ -1,6 +1,7 @@
 """Runs of the real commands, from the shell's point of view."""
 
 import contextlib
+import csv
 import importlib
 import io
 import multiprocessing
@@ -9,12 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 import command_line
+import train
 
 ROOT = Path(__file__).resolve().parent.parent
 # one thread a process: the runs are small, and several tests may run at once
@@ -34,6 +36,13 @@ def start_command(script: Path | str, *arguments, prepare: Callable[[], None] | 
     command = [sys.executable, *map(str, [ROOT / script if isinstance(script, str) else script, *arguments])]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
     return subprocess.Popen(command, preexec_fn=before_start, **pipes | options)
+
+
+def start_torchrun(processes: int, *arguments) -> subprocess.Popen:
+    """`train.py` in several processes, started by torchrun."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", ROOT / "train.py"]
+    command = [sys.executable, *map(str, [*launch, *arguments])]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
 def run_command(script: Path | str, *arguments, prepare=None, cwd=None, **environment) -> subprocess.CompletedProcess:
@@ -103,6 +112,19 @@ def call(module, *arguments) -> tuple[int, str, str]:
         finally:
             sys.argv = before
     return code, out.getvalue(), err.getvalue()
+
+
+def trained(folder: Path, *arguments, options: Sequence = (*TINY, "--device", "cpu")) -> Path:
+    """A short run in this process, which saves the start of another; its folder."""
+    code, _, err = call(train, *options, "--output-dir", folder, *arguments)
+    assert code == 0, err
+    return sorted(folder.iterdir())[-1]
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """What `metrics.csv` of a run has."""
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="session")

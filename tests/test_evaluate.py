@@ -5,18 +5,18 @@ import math
 import os
 import shutil
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, run_command
+from conftest import call, run_command, trained
 from PIL import Image
 from scipy import linalg
 
 import evaluate
 import evaluation
 import inception_distances
-import train
 from checkpoint import read_model, save_model
 from diffusion import sample_images
 from image_data import held_out_bank, load_images, to_float
@@ -27,21 +27,15 @@ from sliced_wasserstein import sliced_wasserstein
 from validation import held_out_loss
 
 FEW_STEPS = ["--device", "cpu", "--precision", "fp32", "--timesteps", 20, "--lr", 0.02, "--batch-size", 16]
+trained_quickly = partial(trained, options=FEW_STEPS)
 QUICK = ["--device", "cpu", "--num-images", 20, "--steps", 3]
 # no weights in the cache and no host that answers: what a machine without a network meets
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 
-def trained(folder, *arguments):
-    """A short run; its folder."""
-    code, _, err = call(train, *FEW_STEPS, "--output-dir", folder, *arguments)
-    assert code == 0, err
-    return next(folder.iterdir())
-
-
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("digits"), "--dataset", "digits", "--steps", 30)
+    return trained_quickly(tmp_path_factory.mktemp("digits"), "--dataset", "digits", "--steps", 30)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +53,7 @@ def class_images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def class_run(class_images, tmp_path_factory):
     options = ["--dataset", "folder", "--data-dir", class_images, "--image-size", 16, "--class-conditional"]
-    return trained(tmp_path_factory.mktemp("classes"), *options, "--steps", 20)
+    return trained_quickly(tmp_path_factory.mktemp("classes"), *options, "--steps", 20)
 
 
 def measured(*arguments, output) -> tuple[dict, str]:
@@ -421,7 +415,7 @@ def test_bad_images_that_the_run_skipped_are_skipped_again(class_images, tmp_pat
     shutil.copytree(class_images, images)
     (images / "cats" / "bad.png").write_text("not an image")
     options = ["--dataset", "folder", "--data-dir", images, "--image-size", 16, "--skip-bad-images", "--steps", 2]
-    report, _ = measured("--checkpoint", trained(tmp_path / "runs", *options), output=tmp_path / "a.json")
+    report, _ = measured("--checkpoint", trained_quickly(tmp_path / "runs", *options), output=tmp_path / "a.json")
     assert report["data"]["train_images"] + report["data"]["held_out_images"] == 120
 
 

@@ -1,6 +1,5 @@
 """What may befall a run, injected into the real commands from outside: at most the work since the last save is lost."""
 
-import csv
 import ctypes
 import io
 import json
@@ -20,7 +19,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, TINY, call, refused, run_command, start_command, start_forked, wait_for
+from conftest import (
+    ROOT,
+    TINY,
+    call,
+    refused,
+    rows,
+    run_command,
+    start_command,
+    start_forked,
+    start_torchrun,
+    trained,
+    wait_for,
+)
 from PIL import Image
 
 import sample
@@ -34,11 +45,6 @@ FILES = ("config.json", "metrics.csv", "model.safetensors", "checkpoint.pt")
 EVERY = ["--log-every", 1, "--save-every", 1, "--sample-every", 1000]
 
 
-def rows(run: Path) -> list[dict[str, str]]:
-    with open(run / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def same(a, b) -> bool:
     """Bit equality of nested dicts, lists and tensors."""
     if isinstance(a, dict):
@@ -46,13 +52,6 @@ def same(a, b) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def trained(folder: Path, *arguments) -> Path:
-    """A short run in this process, which saves the start of another; its folder."""
-    code, _, err = call(train, *TINY, "--device", "cpu", "--output-dir", folder, *arguments)
-    assert code == 0, err
-    return sorted(folder.iterdir())[-1]
 
 
 def temporary_files(folder: Path) -> list[Path]:
@@ -289,9 +288,6 @@ def test_where_there_is_no_compiler_the_flag_is_named(tmp_path):
 # ---- several processes
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
-
-
 def ranks(parent: int) -> dict[int, int]:
     """rank -> process id of the children of a torchrun."""
     found = {}
@@ -307,14 +303,7 @@ def ranks(parent: int) -> dict[int, int]:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_processes_killed_the_other_ends_and_the_run_goes_on(victim, tmp_path):
-    command = [sys.executable, *TORCHRUN, "--nproc-per-node=2", ROOT / "train.py", *TINY, *EVERY, "--steps", 100_000]
-    process = subprocess.Popen(
-        [*map(str, command), "--output-dir", str(tmp_path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    process = start_torchrun(2, *TINY, *EVERY, "--steps", 100_000, "--output-dir", tmp_path)
     run = tmp_path / "00000-true-digits"
     wait_for((run / "checkpoint.pt").exists, process)
     workers = ranks(process.pid)
@@ -330,23 +319,16 @@ def test_one_of_two_processes_killed_the_other_ends_and_the_run_goes_on(victim, 
     copy = shutil.copytree(run, tmp_path / "copy" / run.name)
     code, _, err = call(train, "--resume", run, "--steps", step + 5)  # in one process
     assert code == 0, err
-    three = [*TORCHRUN, "--nproc-per-node=3", str(ROOT / "train.py"), "--resume", str(copy), "--steps", str(step + 5)]
-    done = subprocess.run([sys.executable, *three], capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-    assert done.returncode == 0, done.stderr
+    three = start_torchrun(3, "--resume", copy, "--steps", step + 5)
+    _, errors = three.communicate(timeout=120)
+    assert three.returncode == 0, errors
     losses = [[float(row["loss"]) for row in rows(folder)[-5:]] for folder in (run, copy)]
     assert [row["step"] for row in rows(copy)][-1] == str(step + 5)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_several_processes_interrupted_save_and_say_so_once(tmp_path):
-    command = [sys.executable, *TORCHRUN, "--nproc-per-node=2", ROOT / "train.py", *TINY, "--steps", 100_000]
-    process = subprocess.Popen(
-        [*map(str, command), "--output-dir", str(tmp_path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    process = start_torchrun(2, *TINY, "--steps", 100_000, "--output-dir", tmp_path)
     run = tmp_path / "00000-true-digits"
     wait_for(lambda: (run / "metrics.csv").exists() and len((run / "metrics.csv").read_text()) > 80, process)
     process.send_signal(signal.SIGTERM)

@@ -4,16 +4,16 @@ Two tests start real processes; the others call the command in this one, which c
 """
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import call, refused, run_command
+from conftest import call, refused, run_command, trained
 from PIL import Image
 
 import sample
-import train
 from checkpoint import read_model, save_model
 from diffusion import SAMPLERS, sample_images
 from liquid_diffusion import SOLVERS
@@ -21,18 +21,12 @@ from models import load_model
 
 # a large rate, so that a few steps make models whose images depend on every option; few timesteps, so that it is quick
 FEW_STEPS = ["--device", "cpu", "--precision", "fp32", "--timesteps", 8, "--lr", 0.05, "--batch-size", 16]
-
-
-def trained(folder, *arguments):
-    """A short run; its folder."""
-    code, _, err = call(train, *FEW_STEPS, "--output-dir", folder, *arguments)
-    assert code == 0, err
-    return next(folder.iterdir())
+trained_quickly = partial(trained, options=FEW_STEPS)
 
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("digits"), "--dataset", "digits", "--steps", 60)
+    return trained_quickly(tmp_path_factory.mktemp("digits"), "--dataset", "digits", "--steps", 60)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +39,14 @@ def class_run(tmp_path_factory):
             pixels = random.integers(low, high, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(images / name / f"{i}.png")
     options = ["--dataset", "folder", "--data-dir", images, "--image-size", 8, "--steps", 150, "--class-conditional"]
-    return trained(tmp_path_factory.mktemp("classes"), *options)
+    return trained_quickly(tmp_path_factory.mktemp("classes"), *options)
 
 
 @pytest.fixture(scope="module")
 def inspired_run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("inspired"), "--dataset", "digits", "--steps", 2, "--model", "inspired")
+    return trained_quickly(
+        tmp_path_factory.mktemp("inspired"), "--dataset", "digits", "--steps", 2, "--model", "inspired"
+    )
 
 
 def draw(run, tmp_path, *options, name="out.png") -> np.ndarray:

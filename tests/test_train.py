@@ -1,17 +1,13 @@
 """`train.py` as a user meets it: what a run leaves on the disk, resume, several processes, and each refusal."""
 
-import csv
 import json
 import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, TINY, call, refused, run_command, train_tiny
+from conftest import TINY, call, refused, rows, run_command, start_torchrun, train_tiny, trained
 from PIL import Image
 
 import sample
@@ -20,27 +16,6 @@ from checkpoint import read_model, read_resume
 from image_data import held_out_bank, load_images
 from models import build_model, load_model
 from validation import held_out_loss
-
-
-def rows(run: Path) -> list[dict[str, str]]:
-    with open(run / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def same(a, b) -> bool:
-    """Bit equality of nested dicts, lists and tensors."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def trained(folder: Path, *arguments) -> Path:
-    """A short run in this process, which saves the start of another; its folder."""
-    code, _, err = call(train, *TINY, "--device", "cpu", "--output-dir", folder, *arguments)
-    assert code == 0, err
-    return sorted(folder.iterdir())[-1]
 
 
 def refusal(arguments: list) -> str:
@@ -97,10 +72,9 @@ def test_several_processes_follow_one(processes, batch_size, tmp_path):
     options = [*TINY, "--steps", 20, "--log-every", 1, "--batch-size", batch_size]  # the last of two flags holds
     one = run_command("train.py", *options, "--output-dir", tmp_path / "one")
     assert one.returncode == 0, one.stderr
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(ROOT / "train.py")]
-    command = [sys.executable, *launch, *map(str, options), "--output-dir", str(tmp_path / "many")]
-    many = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-    assert many.returncode == 0, many.stderr
+    many = start_torchrun(processes, *options, "--output-dir", tmp_path / "many")
+    _, errors = many.communicate(timeout=300)
+    assert many.returncode == 0, errors
     (a,), (b,) = ((tmp_path / name).iterdir() for name in ("one", "many"))
     losses = [torch.tensor([float(row["loss"]) for row in rows(run)]) for run in (a, b)]
     assert len(losses[0]) == 20
