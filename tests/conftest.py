@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 import command_line
 import train
@@ -112,6 +113,15 @@ def call(module, *arguments) -> tuple[int, str, str]:
         finally:
             sys.argv = before
     return code, out.getvalue(), err.getvalue()
+
+
+def same(a, b) -> bool:
+    """Bit equality of nested dicts, lists and tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def trained(folder: Path, *arguments, options: Sequence = (*TINY, "--device", "cpu")) -> Path:

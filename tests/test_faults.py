@@ -1,7 +1,5 @@
 """What may befall a run, injected into the real commands from outside: at most the work since the last save is lost."""
 
-import ctypes
-import io
 import json
 import os
 import random
@@ -12,20 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import (
-    ROOT,
     TINY,
     call,
     refused,
     rows,
     run_command,
+    same,
     start_command,
     start_forked,
     start_torchrun,
@@ -34,24 +30,13 @@ from conftest import (
 )
 from PIL import Image
 
-import sample
 import train
-from checkpoint import make_run_folder, read_model, read_resume, save_run
-from errors import UserError
+from checkpoint import read_model, read_resume
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults are made with Linux's means")
 
 FILES = ("config.json", "metrics.csv", "model.safetensors", "checkpoint.pt")
 EVERY = ["--log-every", 1, "--save-every", 1, "--sample-every", 1000]
-
-
-def same(a, b) -> bool:
-    """Bit equality of nested dicts, lists and tensors."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def temporary_files(folder: Path) -> list[Path]:
@@ -346,256 +331,3 @@ def test_two_runs_started_together_get_two_folders(tmp_path):
     folders = sorted((tmp_path / "runs").iterdir())
     assert [folder.name for folder in folders] == ["00000-true-digits", "00001-true-digits"]
     assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()
-
-
-# ---- damaged and foreign files
-
-
-DAMAGE = {
-    "empty": lambda content: b"",
-    "cut short": lambda content: content[: len(content) // 2],
-    "one byte short": lambda content: content[:-1],
-    "text": lambda content: b"hello\n" * 9,
-    "a bit flipped in a weight": lambda content: flip(content, len(content) // 2),
-    "zeros, as after a crash": lambda content: bytes(len(content)),
-}
-
-
-def flip(content: bytes, place: int, bit: int = 0) -> bytes:
-    changed = bytearray(content)
-    changed[place] ^= 1 << bit
-    return bytes(changed)
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.pt"])
-def test_a_damaged_file_is_refused_by_name(name, damage, whole_run, tmp_path):
-    run = shutil.copytree(whole_run, tmp_path / "run")
-    (run / name).write_bytes(DAMAGE[damage]((run / name).read_bytes()))
-    module, flag = (sample, "--checkpoint") if name == "model.safetensors" else (train, "--resume")
-    code, out, err = call(module, flag, run)
-    assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert str(run / name) in err
-
-
-def test_no_flipped_bit_goes_unseen(whole_run, tmp_path):
-    places = random.Random(0)
-    model, resume = ((whole_run / name).read_bytes() for name in ("model.safetensors", "checkpoint.pt"))
-    for _ in range(300):
-        (tmp_path / "model.safetensors").write_bytes(flip(model, places.randrange(len(model)), places.randrange(8)))
-        with pytest.raises(UserError, match=r"model\.safetensors"):
-            read_model(tmp_path)
-    saved = read_resume(whole_run / "checkpoint.pt")
-    inside = [
-        range(info.header_offset, info.header_offset + 256) for info in zipfile.ZipFile(io.BytesIO(resume)).filelist
-    ]
-    headers = [place for part in inside for place in part]  # of the parts, where some bytes mean nothing
-    seen = 0
-    for i in range(300):
-        place = places.randrange(len(resume)) if i % 2 else places.choice(headers)
-        (tmp_path / "checkpoint.pt").write_bytes(flip(resume, place, places.randrange(8)))
-        try:
-            assert same(read_resume(tmp_path / "checkpoint.pt"), saved)
-        except UserError as error:
-            assert "checkpoint.pt" in str(error)
-            seen += 1
-    assert seen > 150
-
-
-def resumed_with_checkpoint_of(other: Path, run: Path) -> str:
-    shutil.copy(other / "checkpoint.pt", run / "checkpoint.pt")
-    code, _, err = call(train, "--resume", run)
-    assert code == 2 and err.count("\n") == 1, err
-    assert str(run / "checkpoint.pt") in err
-    return err
-
-
-def test_the_checkpoint_of_another_run_is_refused_with_what_differs(tmp_path):
-    run = trained(tmp_path / "run", "--steps", 1)
-    others = {
-        "model was inspired, is true": ["--model", "inspired"],
-        "shape was [1, 16, 16], is [1, 8, 8]": ["--image-size", 16],  # the weights would fit
-        "prediction_type was v, is edm": ["--prediction-type", "v"],
-    }
-    for i, (words, options) in enumerate(others.items()):
-        other = trained(tmp_path / str(i), "--steps", 1, *options)
-        assert words in resumed_with_checkpoint_of(other, run)
-
-
-def test_a_file_of_a_later_format_is_refused_with_its_version(whole_run, tmp_path, monkeypatch):
-    run = shutil.copytree(whole_run, tmp_path / "run")
-    tensors, config = read_model(run)
-    state = read_resume(run / "checkpoint.pt")
-    state.pop("format_version")
-    with monkeypatch.context() as later:
-        later.setattr("checkpoint.FORMAT_VERSION", 99)
-        save_run(run, tensors, config, state)
-    for module, flag, name in ((sample, "--checkpoint", "model.safetensors"), (train, "--resume", "checkpoint.pt")):
-        code, _, err = call(module, flag, run)
-        assert code == 2 and f"{run / name}: format version 99" in err, err
-
-
-BAD_CONFIGS = [
-    "[1]",
-    "{",
-    "null",
-    "[" * 100_000,
-    '{"train": {"model": "true", "wings": 2}}',
-    '{"train": {"batch_size": "x"}}',
-    '{"train": {"batch_size": -5}}',
-    '{"train": {"lr": [1]}}',
-    '{"train": {"epochs": {}}}',
-    '{"train": {"model": "transformer"}}',
-    '{"train": {"model_config": 3}}',
-    '{"train": {"model_config": {"solver": 3}}}',
-    '{"train": {"model_config": {"horses": 3}}}',
-]
-
-
-@pytest.mark.parametrize("content", BAD_CONFIGS, ids=lambda content: content[:50])
-def test_a_config_that_no_run_wrote_is_refused_by_name(content, whole_run, tmp_path):
-    run = shutil.copytree(whole_run, tmp_path / "run")
-    (run / "config.json").write_text(content)
-    code, _, err = call(train, "--resume", run)
-    assert code == 2 and err.count("\n") == 1 and "config.json" in err, err
-
-
-def test_metrics_that_no_run_wrote_are_refused_by_name(tmp_path):
-    run = trained(tmp_path, "--steps", 1)
-    for content in (b"a,b\n1,2\n", b"\xff\xfe\n", b"step,images,seconds,loss,lr,held_out_loss\nx,1,1,1,1,\n"):
-        (run / "metrics.csv").write_bytes(content)
-        code, _, err = call(train, "--resume", run, "--steps", 2)
-        assert code == 2 and "metrics.csv" in err and "Traceback" not in err, err
-        assert (run / "metrics.csv").read_bytes() == content
-
-
-# ---- where it runs
-
-
-def without_privileges() -> None:
-    """Before a command: permissions hold for root as for anybody (Linux capabilities 1 and 2, taken for good)."""
-    if os.geteuid() == 0:
-        libc = ctypes.CDLL(None, use_errno=True)
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-            if libc.prctl(24, capability, 0, 0, 0):  # PR_CAPBSET_DROP
-                raise OSError(ctypes.get_errno(), "prctl")
-
-
-@pytest.fixture
-def unprivileged():
-    """What `prepare` takes to run a command for which permissions hold."""
-    try:
-        subprocess.run(["true"], preexec_fn=without_privileges, check=True)
-    except subprocess.SubprocessError:
-        pytest.skip("root here may not give up its privileges")
-    return without_privileges
-
-
-def test_an_output_folder_that_cannot_be_written_is_refused_before_the_data_are_read(unprivileged, whole_run, tmp_path):
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o555)
-    missing = ["--dataset", "folder", "--data-dir", tmp_path / "missing"]
-    done = run_command("train.py", *missing, "--output-dir", closed / "runs", prepare=unprivileged)
-    refused(done, "--output-dir", str(closed))
-    options = ["--checkpoint", whole_run, "--steps", 1, "--num-images", 1]
-    done = run_command("sample.py", *options, "--output", closed / "a.png", prepare=unprivileged)
-    refused(done, "--output", str(closed))
-    unreadable = tmp_path / "unreadable"
-    unreadable.mkdir(mode=0o000)
-    done = run_command("train.py", *missing, "--output-dir", unreadable, prepare=unprivileged)
-    refused(done, "--output-dir", str(unreadable))
-
-
-def test_images_without_read_permission_are_named_and_counted(unprivileged, tmp_path):
-    for i in range(4):
-        Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    (tmp_path / "2.png").chmod(0)
-    options = ["--dataset", "folder", "--data-dir", tmp_path, "--dry-run"]
-    done = run_command("train.py", *options, prepare=unprivileged)
-    refused(done, str(tmp_path / "2.png"), "Permission denied", "1 of 4 images", "--skip-bad-images")
-    done = run_command("train.py", *options, "--skip-bad-images", prepare=unprivileged)
-    assert done.returncode == 0, done.stderr
-    assert "2 images 3x32x32, 1 held out" in done.stdout and f"skipped  cannot read {tmp_path}/2.png" in done.stdout
-    (tmp_path / "closed").mkdir(mode=0o000)
-    refused(run_command("train.py", *options, prepare=unprivileged), str(tmp_path / "closed"))
-
-
-def test_an_output_folder_is_made_and_a_file_in_its_way_is_named(tmp_path):
-    assert trained(tmp_path / "a/b/c", "--steps", 1).parent == tmp_path / "a/b/c"
-    (tmp_path / "file").write_text("kept")
-    for place in (tmp_path / "file", tmp_path / "file/runs", tmp_path / ("x" * 5000)):
-        code, _, err = call(train, *TINY, "--output-dir", place)
-        assert code == 2 and err.count("\n") == 1 and "--output-dir" in err, err
-    assert (tmp_path / "file").read_text() == "kept"
-
-
-def test_any_locale_and_any_script_will_do(tmp_path):
-    folder = tmp_path / "фото"
-    for name in ("犬/один.png", "犬/zwei ä.png", "ネコ/three\n.png", "ネコ/四.png"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32)).save(folder / name)
-    Image.new("RGB", (32, 32)).save(os.fsencode(folder) + b"/\xff\xfe.png")  # not UTF-8
-    (folder / "сломан.png").write_bytes(b"broken")
-    options = ["--dataset", "folder", "--data-dir", folder, "--output-dir", tmp_path / "выход", "--class-conditional"]
-    options += ["--steps", 1, "--batch-size", 2, "--timesteps", 2, "--precision", "fp32"]
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    refused(run_command("train.py", *options, **plain), "--skip-bad-images", "1 of 6 images")
-    done = run_command("train.py", *options, "--skip-bad-images", **plain)
-    assert done.returncode == 0, done.stderr
-    (run,) = (tmp_path / "выход").iterdir()
-    # such a process knows bytes, not letters; it keeps them
-    assert {os.fsencode(name) for name in read_model(run)[1]["classes"]} == {
-        "фото".encode(),
-        "犬".encode(),
-        "ネコ".encode(),
-    }
-    (skipped,) = json.loads((run / "config.json").read_text())["skipped_images"]
-    assert os.fsencode(skipped.split(": ")[0]).endswith("сломан.png".encode())
-    done = run_command("sample.py", "--checkpoint", run, "--output", tmp_path / "снимок.png", PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and (tmp_path / "снимок.png").exists(), done.stderr
-
-
-def test_no_home_a_read_only_source_tree_and_another_current_folder_will_do(unprivileged, tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, source)
-    shutil.copytree(ROOT / "pretrained", source / "pretrained")
-    for folder in (source, source / "pretrained"):
-        folder.chmod(0o555)
-    (tmp_path / "elsewhere").mkdir()
-    there = {"cwd": tmp_path / "elsewhere", "prepare": unprivileged, "HOME": "/nonexistent", "TZ": "Nowhere/No"}
-    done = run_command(source / "train.py", *TINY, "--steps", 1, **there)
-    assert done.returncode == 0, done.stderr
-    done = run_command(source / "sample.py", "--num-images", 1, "--steps", 2, **there)
-    assert done.returncode == 0, done.stderr
-    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"runs", "samples.png"}
-
-
-def test_a_clock_that_runs_backwards_changes_nothing(whole_run, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import itertools, time\nc = itertools.count()\n"
-                                               "time.time = lambda: 1e9 - 3600 * next(c)\n")  # fmt: skip
-    options = [*TINY, "--steps", 60, "--sample-every", 40, "--save-every", 7, "--output-dir", tmp_path / "runs"]
-    done = run_command("train.py", *options, PYTHONPATH=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    (run,) = (tmp_path / "runs").iterdir()
-    assert (run / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
-    assert 0 < float(rows(run)[-1]["seconds"]) < 300
-    for name in ("00001-true-digits", "00002-true-digits"):
-        os.utime(shutil.copytree(run, run.parent / name), (0, 0))  # the latest run by number, the oldest by date
-    code, out, _ = call(train, "--resume", "--output-dir", run.parent)
-    assert code == 0 and "done: " in out and "00002-true-digits" in out
-
-
-def test_runs_that_claim_a_folder_at_the_same_moment_get_different_ones(tmp_path):
-    """Many processes at once, each claiming again and again."""
-    children = []
-    for _ in range(8):
-        child = os.fork()
-        if child == 0:
-            for _ in range(12):
-                make_run_folder(tmp_path, "run")
-            os._exit(0)
-        children.append(child)
-    assert all(os.waitpid(child, 0)[1] == 0 for child in children)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i:05d}-run" for i in range(96)]
