@@ -173,6 +173,7 @@ def read_rows(kind: type[Result] | type[Point], path: Path) -> list:
 def save_curves(results: Sequence[Result], points: Sequence[Point], path: Path) -> None:
     """Held-out eps-MSE of every arm, mean over seeds, against images, training multiply-adds and seconds, as PNG."""
     from matplotlib.figure import Figure  # no pyplot: it would look for a display
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
@@ -190,6 +191,11 @@ def save_curves(results: Sequence[Result], points: Sequence[Point], path: Path) 
             panel.plot(x, loss, "o-", label=arm, linewidth=1, markersize=3)
     for panel, label in zip(panels, ("images", "training multiply-adds", "seconds of training"), strict=True):
         panel.set(xlabel=label, xscale="log", yscale="log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(EngFormatter())
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("held-out eps-MSE")
     panels[0].legend(fontsize=8)
