@@ -33,7 +33,7 @@ def table(path) -> list[dict[str, str]]:
 def experiment(tmp_path_factory):
     """Two arms, two seeds, two rates: a folder and its rows."""
     folder = tmp_path_factory.mktemp("experiment")
-    options = ["--arms", "inspired", "unet:38k", "--seeds", 2, "--lrs", 1e-3, 1e-2, "--amount", 800]
+    options = ["--arms", "inspired", "unet:38k", "--seeds", 2, "--lrs", 1e-3, 1e-2, "--amount", 400]
     return folder, options, compared(folder, *options, "--sweep-share", 0.5, "--reference", "inspired")
 
 
@@ -55,7 +55,7 @@ def test_all_arms_train_under_the_same_conditions(experiment):
     assert len(configs) == 4
     own = {"model", "model_config", "lr", "seed", "output_dir"}
     assert len({json.dumps({k: v for k, v in config.items() if k not in own}) for config in configs}) == 1
-    assert {row["images"] for row in rows} == {"800"}
+    assert {row["images"] for row in rows} == {"400"}
     losses = {path.parent.parent.name: read_model(path.parent)[1] for path in folder.glob("runs/*/*/model.safetensors")}
     assert {about["prediction_type"] for about in losses.values()} == {"edm"}
 
@@ -66,7 +66,7 @@ def test_each_arm_takes_the_rate_that_was_best_for_it_in_the_sweep(experiment):
     assert [(row["arm"], float(row["lr"])) for row in sweep] == [
         (arm, lr) for arm in ("inspired", "unet:38k") for lr in (1e-3, 1e-2)
     ]
-    assert {row["images"] for row in sweep} == {"400"}
+    assert {row["images"] for row in sweep} == {"200"}
     for arm in ("inspired", "unet:38k"):
         best = min((row for row in sweep if row["arm"] == arm), key=lambda row: float(row["eps_mse"]))["lr"]
         assert {row["lr"] for row in rows if row["arm"] == arm} == {best}
@@ -140,7 +140,7 @@ def test_what_would_mix_two_comparisons_is_refused(experiment, tmp_path):
     folder, _, _ = experiment
     copy = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
     for flag, value in (("--batch-size", 16), ("--amount", 900), ("--timesteps", 9)):
-        options = [*TINY, "--lrs", 1e-3, 1e-2, "--amount", 800, "--sweep-share", 0.5, flag, value]
+        options = [*TINY, "--lrs", 1e-3, 1e-2, "--amount", 400, "--sweep-share", 0.5, flag, value]
         code, out, err = call(compare, *options, "--output-dir", copy)
         assert (code, out, err.count("\n")) == (2, "", 1) and flag in err, err
 
@@ -158,13 +158,13 @@ def test_a_refusal_leaves_the_shell_with_2_and_one_line():
 
 
 def test_the_clock_stands_still_while_a_run_is_measured(tmp_path, monkeypatch):
-    """A measurement that lasts four seconds is no second of the budget."""
+    """A measurement that lasts two seconds is no second of the budget."""
     import time
 
     import training
 
     slow = training.held_out_loss
-    monkeypatch.setattr(training, "held_out_loss", lambda *a: (time.sleep(4), slow(*a))[1])
-    (row,) = compared(tmp_path, "--arms", "true:pooled", "--seeds", 1, "--lrs", 4e-3, "--amount", 200)
-    assert float(row["seconds"]) < 4
-    assert read_resume(next(tmp_path.glob("runs/*/*/checkpoint.pt")))["seconds"] < 4
+    monkeypatch.setattr(training, "held_out_loss", lambda *a: (time.sleep(2), slow(*a))[1])
+    (row,) = compared(tmp_path, "--arms", "true:pooled", "--seeds", 1, "--lrs", 4e-3, "--amount", 80)
+    assert float(row["seconds"]) < 2
+    assert read_resume(next(tmp_path.glob("runs/*/*/checkpoint.pt")))["seconds"] < 2

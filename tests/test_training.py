@@ -30,17 +30,17 @@ def wiener_loss(data: ImageData, scheduler: DDPMScheduler, bank: Batch) -> float
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A tiny training on digits: half a minute on one core."""
+    """A tiny training on digits: a quarter of a minute on one core."""
     folder = tmp_path_factory.mktemp("runs")
     return train(
         TrainConfig(
             dataset="digits",
-            steps=1000,
+            steps=700,
             epochs=None,
             batch_size=32,
             precision="fp32",
             output_dir=str(folder),
-            sample_every=1000,
+            sample_every=700,
             save_every=50,
         )
     )
