@@ -23,7 +23,7 @@ from command_line import Parser, integer, run
 from diffusion import SAMPLERS
 from errors import RunFailed, UserError
 from evaluation import SHOWN, Report, evaluate, subject, table
-from hardware import DEVICES, choose_device, is_out_of_memory
+from hardware import DEVICES, choose_device, out_of_memory_named
 from image_data import DATASETS, ImageData, load_images
 from inception_distances import MissingWeights, inception_weights, require_torch_fidelity
 from models import load_model
@@ -74,24 +74,21 @@ def main() -> None:
     print(description(config["model"], about))
     inception = inception_or_reason(args.fid)
     try:
-        figures, pairs = evaluate(
-            model,
-            scheduler,
-            data,
-            num_images=args.num_images,
-            bound_images=args.bound_images,
-            sampler=args.sampler,
-            steps=args.steps,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            inception=inception,
-        )
+        with out_of_memory_named(min(args.batch_size, args.num_images), "a smaller --num-images"):
+            figures, pairs = evaluate(
+                model,
+                scheduler,
+                data,
+                num_images=args.num_images,
+                bound_images=args.bound_images,
+                sampler=args.sampler,
+                steps=args.steps,
+                seed=args.seed,
+                batch_size=args.batch_size,
+                inception=inception,
+            )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written") from None
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunFailed("out of memory; nothing was written; try a smaller --batch-size or --num-images") from error
     figures["nearest_training_images"]["picture"] = picture.name
     print(table(figures))
     report = {

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from errors import UserError
+from errors import RunFailed, UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -102,6 +102,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         words in str(error) for words in ("can't allocate memory", "out of memory")
     )
+
+
+@contextmanager
+def out_of_memory_named(batch_size: int, otherwise: str) -> Iterator[None]:
+    """Raise RunFailed with half of the batch size, or what else to try, where the block runs out of memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        half = batch_size // 2
+        raise RunFailed(f"out of memory; try {f'--batch-size {half}' if half else otherwise}") from error
 
 
 def is_lost_process(error: RuntimeError) -> bool:

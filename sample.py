@@ -19,7 +19,7 @@ from checkpoint import check_writable
 from command_line import Parser, integer, number, run
 from diffusion import SAMPLERS, DDPMScheduler, sample_images
 from errors import RunFailed, UserError
-from hardware import DEVICES, choose_device, is_out_of_memory
+from hardware import DEVICES, choose_device, out_of_memory_named
 from liquid_diffusion import SOLVERS, TrueLiquidDiffusionModel
 from models import load_model
 from pictures import save_gif, save_grid
@@ -89,16 +89,11 @@ def main() -> None:
     gif = picture_path("--gif", args.gif, ".gif") if args.gif else None
     model.to(device, memory_format=torch.channels_last)
 
-    try:
+    with out_of_memory_named(min(args.batch_size, args.num_images), "a smaller model"):
         images, frames = draw(args, model, scheduler, config["shape"], labels)
         write(output, lambda: save_grid(images, output))
         if gif is not None:
             write(gif, lambda: save_gif(frames, gif))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        half = min(args.batch_size, args.num_images) // 2
-        raise RunFailed(f"out of memory; try {f'--batch-size {half}' if half else 'a smaller model'}") from error
 
 
 def draw(

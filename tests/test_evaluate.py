@@ -428,3 +428,12 @@ def test_an_interruption_leaves_with_130_and_writes_nothing(digits_run, tmp_path
     code, _, err = call(evaluate, *QUICK, "--checkpoint", digits_run, "--output", output)
     assert code == 130 and "nothing was written" in err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_out_of_memory_names_a_batch_size_to_try(digits_run, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluate, "evaluate", full)
+    code, _, err = call(evaluate, "--checkpoint", digits_run, *QUICK, "--batch-size", 12)
+    assert (code, err) == (1, "evaluate.py: failed: out of memory; try --batch-size 6\n")
