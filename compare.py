@@ -4,8 +4,10 @@ python compare.py --arms true inspired unet:38k --budget images --amount 150000 
 python compare.py --arms true unet:38k unet:150k --budget seconds --amount 600 --output-dir comparisons/seconds
 
 Every arm sees the same images, timesteps and noise, has the same batch size, precision, averaging of weights and
-prediction type, and the peak learning rate that is best for it in the same sweep. The same command goes on where an
-interrupted one stopped, and one with more arms or seeds adds to what comparison.csv, sweep.csv and curves.csv hold.
+prediction type, and the peak learning rate that is best for it in the same sweep. Seconds are images over the speed
+that was measured for each arm, in turn, before anything trained (costs.csv): a machine that is busy later changes
+nothing. The same command goes on where an interrupted one stopped, and one with more arms or seeds adds to what
+costs.csv, comparison.csv, sweep.csv and curves.csv hold.
 """
 
 import interrupted_import  # noqa: F401  # isort: skip
@@ -13,7 +15,7 @@ import interrupted_import  # noqa: F401  # isort: skip
 import argparse
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,22 +23,22 @@ from tqdm import tqdm
 
 from checkpoint import RESUME_FILE, atomic_path, check_writable, run_folders, save_json
 from command_line import Parser, integer, number, run
-from comparison import Point, Result, markdown, read_rows, save_curves, save_rows
+from comparison import Cost, Point, Result, markdown, read_rows, save_curves, save_rows
 from diffusion import PREDICTION_TYPES, SCHEDULES, DDPMScheduler, sample_images
 from errors import UserError
-from hardware import DEVICES, choose_device
+from hardware import DEVICES, Processes, choose_device
 from image_data import DATASETS, ImageData, held_out_bank, load_images
 from models import ARMS, build_model, count_parameters, load_model, multiply_adds
 from pictures import save_labelled_rows
+from speed import machine_name, training_rates
 from train_config import TrainConfig
-from training import train
+from training import failures_named, train
 from validation import held_out_loss
 from wiener import fit_wiener
 
 BUDGETS = ("images", "flops", "seconds")
 DRAWN = 10  # images of each arm in grid.png
 MEASUREMENTS = 10  # held-out losses along a training, for the curves
-STEPS_BETWEEN = 1000  # between two of them where the number of steps is not known
 TOLERANCE = 0.01  # of the budget, within which every training has to end
 OWN = {"arms", "seeds", "reference", "device", "data_dir", "output_dir"}  # flags that a repeated command may change
 LARGEST_WIENER = 4096  # values an image, for which an eigendecomposition is a matter of a minute
@@ -52,8 +54,9 @@ def parser() -> Parser:
     )  # fmt: skip
     p.add_argument("--reference", choices=list(ARMS), default="true", metavar="ARM", help="what differences are to")
     p.add_argument(
-        "--budget", choices=BUDGETS, default="images", help="what is equal; flops: multiply-adds of training"
-    )
+        "--budget", choices=BUDGETS, default="images",
+        help="what is equal; flops: multiply-adds of training; seconds: images over the speed measured at the start",
+    )  # fmt: skip
     p.add_argument(
         "--amount", type=number("greater than 0", lambda v: v > 0), default=150_000, help="of the budget, a training"
     )
@@ -87,48 +90,22 @@ class Experiment:
     settings: argparse.Namespace
     data: ImageData
     folder: Path
+    costs: dict[str, Cost]
 
-    def cost(self, arm: str) -> int:
-        """Multiply-adds of one forward pass of one image."""
-        return multiply_adds(self.network(arm), self.data.shape)
-
-    def training_cost(self, arm: str) -> int:
-        """Multiply-adds of training on one image: one forward pass, and two for the backward pass.
-
-        A model that carries its state sees none, one or two noisier images before, one on average.
-        """
-        return (4 if getattr(self.network(arm), "carries_state", False) else 3) * self.cost(arm)
-
-    def network(self, arm: str) -> torch.nn.Module:
-        """The arm's network, untrained."""
-        model, model_config = ARMS[arm]
-        return build_model(model, **{"in_channels": self.data.shape[0], **model_config})
+    def images(self, arm: str, amount: float) -> float:
+        """How many images an arm may train on with `amount` of the budget."""
+        budget = self.settings.budget
+        if budget == "seconds":
+            return amount * self.costs[arm].images_per_second
+        return amount / self.costs[arm].training_multiply_adds if budget == "flops" else amount
 
     def config(self, arm: str, lr: float, seed: int, amount: float, folder: Path) -> TrainConfig:
         """The training of an arm over `amount` of the budget."""
-        s = self.settings
-        steps = minutes = None
-        if s.budget == "seconds":
-            minutes = amount / 60
-        else:
-            images = amount if s.budget == "images" else amount / self.training_cost(arm)
-            steps = max(1, round(images / s.batch_size))
-        every = max(1, steps // MEASUREMENTS) if steps else STEPS_BETWEEN
-        model, model_config = ARMS[arm]
-        return TrainConfig(
-            model=model,
-            model_config=model_config,
-            **{name: getattr(s, name) for name in ("dataset", "data_dir", "image_size", "batch_size", "timesteps")},
-            **{name: getattr(s, name) for name in ("schedule", "prediction_type", "precision", "compile", "device")},
-            epochs=None,
-            steps=steps,
-            minutes=minutes,
-            lr=lr,
-            seed=seed,
-            output_dir=str(folder),
-            sample_every=every,
-            save_every=every,
-            draw_grids=False,
+        steps = max(1, round(self.images(arm, amount) / self.settings.batch_size))
+        every = max(1, steps // MEASUREMENTS)
+        shared = arm_config(self.settings, arm)
+        return replace(
+            shared, steps=steps, lr=lr, seed=seed, output_dir=str(folder), sample_every=every, save_every=every
         )
 
     def folder_of(self, arm: str, lr: float, seed: int, share: float) -> Path:
@@ -140,11 +117,12 @@ class Experiment:
         """Train, or go on with, one training over a share of the amount; (its result, its curve)."""
         folder, done = self.folder_of(arm, lr, seed, share), 0.0
         amount = share * self.settings.amount
+        cost, seconds = self.costs[arm], self.seconds(arm, share)
         started = [path for path in run_folders(folder) if (path / RESUME_FILE).exists()]
 
         def advance(progress: float) -> None:
             nonlocal done
-            pass_time(bar, self.weight(arm, share) * (min(progress, 1) - done))
+            pass_time(bar, seconds * (min(progress, 1) - done))
             done = min(progress, 1)
 
         bar.set_description(f"{arm} lr {lr:g} seed {seed}")
@@ -153,30 +131,70 @@ class Experiment:
         advance(1)
         with open(finished / "metrics.csv", newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["held_out_loss"]]
-        curve = [
-            Point(arm, seed, int(row["images"]), float(row["seconds"]), float(row["held_out_loss"])) for row in rows
-        ]
-        last = curve[-1]
+        measured = [(int(row["images"]), float(row["held_out_loss"])) for row in rows]
+        curve = [Point(arm, seed, images, images / cost.images_per_second, loss) for images, loss in measured]
+        images, loss = measured[-1]
         result = Result(
             arm=arm,
             seed=seed,
-            parameters=count_parameters(self.network(arm)),
-            multiply_adds=self.cost(arm),
+            parameters=cost.parameters,
+            multiply_adds=cost.multiply_adds,
             lr=lr,
-            images=last.images,
-            training_multiply_adds=float(last.images * self.training_cost(arm)),
-            seconds=last.seconds,
-            eps_mse=last.eps_mse,
+            images=images,
+            training_multiply_adds=float(images * cost.training_multiply_adds),
+            seconds=images / cost.images_per_second,
+            eps_mse=loss,
         )
-        spent = {"images": last.images, "flops": result.training_multiply_adds, "seconds": result.seconds}
-        off = spent[self.settings.budget] / amount - 1
+        off = images / self.images(arm, amount) - 1
         if abs(off) > TOLERANCE:
             bar.write(f"{arm}, seed {seed}: ended {off:+.1%} off its budget: a step is too large a part of it")
         return result, curve
 
-    def weight(self, arm: str, share: float) -> float:
-        """What a training adds to the progress bar: about the time that it takes."""
-        return share * (self.training_cost(arm) if self.settings.budget == "images" else 1)
+    def seconds(self, arm: str, share: float) -> float:
+        """How long a training over a share of the amount takes."""
+        return self.images(arm, share * self.settings.amount) / self.costs[arm].images_per_second
+
+
+def arm_config(s: argparse.Namespace, arm: str) -> TrainConfig:
+    """What every training of an arm shares; how long, at which rate and with which seed is left open."""
+    model, model_config = ARMS[arm]
+    own = ("dataset", "data_dir", "image_size", "batch_size", "timesteps", "schedule", "prediction_type", "precision")
+    return TrainConfig(
+        model=model,
+        model_config=model_config,
+        **{name: getattr(s, name) for name in (*own, "compile", "device")},
+        epochs=None,
+        draw_grids=False,
+    )
+
+
+def arm_costs(s: argparse.Namespace, data: ImageData, folder: Path) -> dict[str, Cost]:
+    """What each arm costs, those of earlier commands among them: read from costs.csv, or measured now and kept there.
+
+    On another machine all are measured again, save for a budget of seconds, which are one machine's own: that raises
+    UserError.
+    """
+    device, path = choose_device(s.device), folder / "costs.csv"
+    here, costs = machine_name(device), {cost.arm: cost for cost in read_rows(Cost, path)}
+    elsewhere = {cost.machine for cost in costs.values()} - {here}
+    if elsewhere and s.budget == "seconds":
+        raise UserError(f"{path}: its seconds are those of {elsewhere.pop()}, this is {here}; use another --output-dir")
+    earlier = [row.arm for name in ("sweep.csv", "comparison.csv") for row in read_rows(Result, folder / name)]
+    arms = dict.fromkeys(s.arms + earlier)
+    missing = {arm: arm_config(s, arm) for arm in arms if elsewhere or arm not in costs}
+    if not missing:
+        return costs
+    print(f"measuring the speed of {', '.join(missing)}; leave the machine alone meanwhile", flush=True)
+    with failures_named(folder, Processes(device), f"--batch-size {max(1, s.batch_size // 2)}"):
+        rates = training_rates(missing, data, device)
+    for arm, config in missing.items():
+        network = build_model(config.model, **{"in_channels": data.shape[0], **config.model_config})
+        forward = multiply_adds(network, data.shape)
+        # a backward pass costs two forward ones; a model that carries its state sees another image before, on average
+        passes = 4 if getattr(network, "carries_state", False) else 3
+        costs[arm] = Cost(arm, count_parameters(network), forward, passes * forward, rates[arm], here)
+    save_rows(list(costs.values()), path)
+    return costs
 
 
 def pass_time(bar: tqdm, amount: float) -> None:
@@ -193,9 +211,9 @@ def main() -> None:
     s.arms, s.lrs = list(dict.fromkeys(s.arms)), sorted(set(s.lrs))
     settings = shared_settings(s, folder)
     data = load_images(s.dataset, s.data_dir, s.image_size)
-    experiment = Experiment(s, data, folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "comparison.json", settings)
+    experiment = Experiment(s, data, folder, arm_costs(s, data, folder))
     try:
         results, points = train_all(experiment)
     except KeyboardInterrupt:
@@ -213,7 +231,7 @@ def main() -> None:
     if drawings:
         save_labelled_rows(drawings, folder / "grid.png")
     print(table)
-    for name in ("comparison.csv", "sweep.csv", "curves.csv", "comparison.md", "curves.png", "grid.png"):
+    for name in ("costs.csv", "comparison.csv", "sweep.csv", "curves.csv", "comparison.md", "curves.png", "grid.png"):
         if (folder / name).exists():
             print(folder / name)
 
@@ -250,29 +268,38 @@ def shared_settings(s: argparse.Namespace, folder: Path) -> dict:
 def train_all(experiment: Experiment) -> tuple[list[Result], list[Point]]:
     """Sweep and train every arm; all results and curves of the folder, those of earlier commands among them."""
     s, folder = experiment.settings, experiment.folder
-    results, sweep = read_rows(Result, folder / "comparison.csv"), read_rows(Result, folder / "sweep.csv")
-    points = read_rows(Point, folder / "curves.csv")
+    results, sweep, points = (
+        [replace(row, seconds=row.images / experiment.costs[row.arm].images_per_second) for row in rows]
+        for rows in (
+            read_rows(Result, folder / "comparison.csv"),
+            read_rows(Result, folder / "sweep.csv"),
+            read_rows(Point, folder / "curves.csv"),
+        )
+    )
     swept = len(s.lrs) if len(s.lrs) > 1 else 0
-    total = sum(s.seeds * experiment.weight(arm, 1) + swept * experiment.weight(arm, s.sweep_share) for arm in s.arms)
+    total = sum(s.seeds * experiment.seconds(arm, 1) + swept * experiment.seconds(arm, s.sweep_share) for arm in s.arms)
     form = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=total, bar_format=form, mininterval=1) as bar:
         for arm in s.arms:
             for lr in s.lrs if swept else []:
                 if any((row.arm, row.lr) == (arm, lr) for row in sweep):
-                    pass_time(bar, experiment.weight(arm, s.sweep_share))
+                    pass_time(bar, experiment.seconds(arm, s.sweep_share))
                     continue
                 sweep.append(experiment.run(arm, lr, 0, s.sweep_share, bar)[0])
                 save_rows(sweep, folder / "sweep.csv")
             lr = min((row for row in sweep if row.arm == arm), key=lambda row: row.eps_mse).lr if swept else s.lrs[0]
             for seed in range(s.seeds):
                 if any((row.arm, row.seed) == (arm, seed) for row in results):
-                    pass_time(bar, experiment.weight(arm, 1))
+                    pass_time(bar, experiment.seconds(arm, 1))
                     continue
                 result, curve = experiment.run(arm, lr, seed, 1, bar)
                 results.append(result)
                 points += curve
                 save_rows(points, folder / "curves.csv")
                 save_rows(results, folder / "comparison.csv")  # the last: what it has is finished
+    for rows, name in ((sweep, "sweep.csv"), (points, "curves.csv"), (results, "comparison.csv")):
+        if rows:
+            save_rows(rows, folder / name)  # their seconds may be another machine's
     return results, points
 
 

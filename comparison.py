@@ -21,6 +21,18 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What an arm costs: its size, its multiply-adds for one image, and its speed on one machine."""
+
+    arm: str
+    parameters: int
+    multiply_adds: int  # of a forward pass
+    training_multiply_adds: int  # of a training step, the backward pass counted as two forward ones
+    images_per_second: float  # in training
+    machine: str
+
+
+@dataclass(frozen=True)
 class Result:
     """One finished training: what it cost, and the held-out eps-MSE at its end."""
 
@@ -30,8 +42,8 @@ class Result:
     multiply_adds: int  # of one forward pass of one image
     lr: float
     images: int
-    training_multiply_adds: float  # of the whole training, the backward passes counted as two forward ones
-    seconds: float
+    training_multiply_adds: float  # of the whole training
+    seconds: float  # at the arm's speed
     eps_mse: float
 
 
@@ -151,7 +163,7 @@ class Point:
     eps_mse: float
 
 
-def save_rows(rows: Sequence[Result] | Sequence[Point], path: Path) -> None:
+def save_rows(rows: Sequence[Cost] | Sequence[Result] | Sequence[Point], path: Path) -> None:
     """Write one CSV row each."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
@@ -159,7 +171,7 @@ def save_rows(rows: Sequence[Result] | Sequence[Point], path: Path) -> None:
         writer.writerows(vars(row) for row in rows)
 
 
-def read_rows(kind: type[Result] | type[Point], path: Path) -> list:
+def read_rows(kind: type[Cost] | type[Result] | type[Point], path: Path) -> list:
     """What `save_rows` wrote; nothing if there is no such file. Raises UserError, naming it, for anything else."""
     if not path.exists():
         return []

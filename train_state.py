@@ -9,8 +9,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import checkpoint
+from diffusion import DDPMScheduler
 from errors import RunFailed, UserError
 from hardware import Processes
+from image_data import ImageData
+from models import build_model
+from train_config import TrainConfig
 
 BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 0.01
@@ -93,3 +97,29 @@ class TrainState:
         except Exception as error:  # load_state_dict raises nearly anything for what is not a state dict
             reason = str(error).split("\n")[0]
             raise UserError(f"{path}: does not fit the config.json and the data of this run ({reason})") from error
+
+
+def untrained(config: TrainConfig, data: ImageData, device: torch.device) -> tuple[DDPMScheduler, TrainState]:
+    """What a run starts from: its diffusion process and its state at step 0, a pure function of config and data."""
+    scheduler = DDPMScheduler(config.timesteps, config.schedule, config.prediction_type)
+    about = model_metadata(config, data)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, **about["model_config"])
+    model.to(device, memory_format=torch.channels_last)
+    return scheduler, TrainState(model, about, config.lr, config.ema_decay)
+
+
+def model_metadata(config: TrainConfig, data: ImageData) -> dict:
+    """What `model.safetensors` says of itself: how to rebuild the model, and what it was trained on."""
+    return {
+        "model": config.model,
+        "model_config": {
+            "in_channels": data.shape[0],
+            "num_classes": len(data.classes) if config.class_conditional else 0,
+            **config.model_config,
+        },
+        **{key: getattr(config, key) for key in ("timesteps", "schedule", "prediction_type", "dataset")},
+        "shape": list(data.shape),
+        "classes": list(data.classes),
+        "training_images": len(data.train),
+    }

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -32,23 +32,15 @@ from hardware import (
     is_out_of_memory,
     join_processes,
 )
-from image_data import Batch, ImageData, held_out_bank, load_images, memory_noise, training_batch
-from models import build_model, count_parameters, multiply_adds
+from image_data import ImageData, held_out_bank, load_images, training_batch
+from models import count_parameters, multiply_adds
 from run_log import RunLog, tensorboard_writer
 from train_config import TrainConfig
-from train_state import TrainState
+from train_state import TrainState, untrained
+from training_step import backward, take_step
 from validation import held_out_loss, sample_grid
 
-WARM_UP_STEPS = 200
-FINAL_LR_SHARE = 0.02  # of the peak, where the cosine ends
-GRADIENT_NORM = 1.0
 SKIPPED_SHOWN = 3
-
-
-def learning_rate(peak: float, step: int, progress: float) -> float:
-    """Linear warm-up over the first steps, times a cosine from 1 to FINAL_LR_SHARE over the run's progress 0..1."""
-    cosine = FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * (1 + math.cos(math.pi * progress)) / 2
-    return peak * min(1, (step + 1) / WARM_UP_STEPS) * cosine
 
 
 def train(
@@ -89,26 +81,21 @@ def train(
 
         smaller = f"--batch-size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller --image-size"
         with failures_named(run, here, smaller):
-            scheduler = DDPMScheduler(config.timesteps, config.schedule, config.prediction_type)
-            about = model_metadata(config, data)
-            torch.manual_seed(config.seed)
-            model = build_model(config.model, **about["model_config"])
-            model.to(here.device, memory_format=torch.channels_last)
+            scheduler, state = untrained(config, data, here.device)
             if config.precision == "auto":
-                config = replace(config, precision=measured_precision(model, scheduler, data, config, here))
-            state = TrainState(model, about, config.lr, config.ema_decay)
+                config = replace(config, precision=measured_precision(state.model, scheduler, data, config, here))
             if resume is not None:
                 state.restore(run, here)
         if here.is_main and resume is None and not dry_run:
             run = checkpoint.make_run_folder(run.parent, f"{config.model}-{config.dataset}")
         with failures_named(run, here, smaller):
             if here.is_main and on_progress is None:
-                print(description(config, data, model, here, run), flush=True)
+                print(description(config, data, state.model, here, run), flush=True)
             if dry_run:
                 return None
             if here.is_main:
                 versions = {"python": platform.python_version(), "torch": torch.__version__}
-                record = {"train": asdict(config), "model": about, "versions": versions, "command": sys.argv}
+                record = {"train": asdict(config), "model": state.about, "versions": versions, "command": sys.argv}
                 record |= {"skipped_images": data.skipped} if data.skipped else {}
                 checkpoint.save_json(run / checkpoint.CONFIG_FILE, record)
             finished = loop(config, data, scheduler, state, here, run, on_progress)
@@ -138,22 +125,6 @@ def failures_named(run: Path, here: Processes, smaller: str) -> Iterator[None]:
             reason = str(error).split("\n")[0]
             raise UserError(f"--compile: does not work here ({reason}); leave it out") from error
         raise
-
-
-def model_metadata(config: TrainConfig, data: ImageData) -> dict:
-    """What `model.safetensors` says of itself: how to rebuild the model, and what it was trained on."""
-    return {
-        "model": config.model,
-        "model_config": {
-            "in_channels": data.shape[0],
-            "num_classes": len(data.classes) if config.class_conditional else 0,
-            **config.model_config,
-        },
-        **{key: getattr(config, key) for key in ("timesteps", "schedule", "prediction_type", "dataset")},
-        "shape": list(data.shape),
-        "classes": list(data.classes),
-        "training_images": len(data.train),
-    }
 
 
 def loop(
@@ -218,64 +189,11 @@ def loop(
                     log.curves()
                 return done
 
-            batch = training_batch(
-                data,
-                seed=config.seed,
-                number=state.step,
-                batch_size=config.batch_size,
-                num_timesteps=config.timesteps,
-                device=here.device,
-                rank=here.rank,
-                world_size=here.world_size,
-            )
-            memory = None
-            if getattr(state.model, "carries_state", False):
-                memory = memory_noise(
-                    data.shape,
-                    seed=config.seed,
-                    number=state.step,
-                    batch_size=config.batch_size,
-                    rank=here.rank,
-                    world_size=here.world_size,
-                ).to(here.device)
-            # DistributedDataParallel averages over the processes: scaled so, the average is the global batch's mean
-            loss = backward(network, scheduler, batch, config, here.world_size / config.batch_size, memory)
-            nn.utils.clip_grad_norm_(state.model.parameters(), GRADIENT_NORM)
-            lr = learning_rate(config.lr, state.step, progress)
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-            state.ema.update_parameters(state.model)
-            state.loss_sum += loss / here.world_size
-            state.loss_steps += 1
-            state.step += 1
+            lr = take_step(network, state, scheduler, data, config, here, progress)
             if here.is_main:
                 bar.update(config.batch_size)
                 if on_progress is not None:
                     on_progress(progress)
-
-
-def backward(
-    network: nn.Module,
-    scheduler: DDPMScheduler,
-    batch: Batch,
-    config: TrainConfig,
-    scale: float,
-    memory: Tensor | None = None,
-) -> Tensor:
-    """Add the gradient of the batch's summed loss times `scale`; returns that loss.
-
-    memory: noise for what a model that carries its state has seen before (`DDPMScheduler.remember`).
-    """
-    condition = {"labels": batch.labels} if config.class_conditional else {}
-    with torch.autocast(batch.x_0.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        if memory is not None:
-            x_t = scheduler.add_noise(batch.x_0, batch.t, batch.eps)
-            condition["state"] = scheduler.remember(network, x_t, batch.t, memory, **condition)
-        loss = scheduler.loss(network, batch.x_0, batch.t, batch.eps, **condition).sum() * scale
-    loss.backward()
-    return loss.detach()
 
 
 def measured_precision(

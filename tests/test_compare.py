@@ -10,15 +10,17 @@ import pytest
 from conftest import call, refused, run_command, start_command, wait_for
 
 import compare
+import speed
 from checkpoint import read_config, read_model, read_resume
 from comparison import Result
+from models import build_model, multiply_adds
 
 TINY = ["--dataset", "digits", "--timesteps", 8, "--batch-size", 8, "--device", "cpu"]
 
 
 def compared(folder, *options) -> list[dict[str, str]]:
-    """The rows of comparison.csv of a tiny comparison, with few measurements on the way."""
-    with mock.patch.object(compare, "MEASUREMENTS", 2):
+    """The rows of comparison.csv of a tiny comparison, with few measurements on the way and quick ones of speed."""
+    with mock.patch.object(compare, "MEASUREMENTS", 2), mock.patch.object(speed, "SECONDS", 0.01):
         code, _, err = call(compare, *TINY, "--output-dir", folder, *options)
     assert code == 0, err
     return table(folder / "comparison.csv")
@@ -109,9 +111,9 @@ def test_a_sweep_of_the_whole_amount_is_the_first_seed_of_the_best_rate(tmp_path
 
 
 def test_results_alone_are_enough_to_go_on_with_another_arm(experiment, tmp_path):
-    """What a repository keeps of a comparison: three tables, no weights."""
+    """What a repository keeps of a comparison: its tables, no weights."""
     folder, options, rows = experiment
-    for name in ("comparison.csv", "sweep.csv", "curves.csv", "comparison.json"):
+    for name in ("costs.csv", "comparison.csv", "sweep.csv", "curves.csv", "comparison.json"):
         shutil.copy(folder / name, tmp_path / name)
     options = [*options, "--sweep-share", 0.5, "--reference", "inspired"]
     options[options.index("unet:38k")] = "true:pooled"
@@ -120,7 +122,7 @@ def test_results_alone_are_enough_to_go_on_with_another_arm(experiment, tmp_path
     assert "`unet:38k`" in (tmp_path / "comparison.md").read_text()
 
 
-def test_a_budget_of_multiply_adds_and_one_of_seconds_hold_within_a_hundredth(tmp_path):
+def test_a_budget_of_multiply_adds_holds_within_a_hundredth(tmp_path):
     rows = compared(
         tmp_path / "flops", "--arms", "inspired", "true:pooled", "--seeds", 1, "--lrs", 4e-3, "--budget", "flops",
         "--amount", 3e9, "--reference", "inspired",
@@ -129,11 +131,45 @@ def test_a_budget_of_multiply_adds_and_one_of_seconds_hold_within_a_hundredth(tm
         assert float(row["training_multiply_adds"]) == pytest.approx(3e9, rel=0.01)
         assert float(row["training_multiply_adds"]) == 3 * int(row["images"]) * int(row["multiply_adds"])
     assert int(rows[0]["images"]) != int(rows[1]["images"])
-    (row,) = compared(
-        tmp_path / "seconds", "--arms", "true:pooled", "--seeds", 1, "--lrs", 4e-3, "--budget", "seconds",
-        "--amount", 8,
-    )  # fmt: skip
-    assert float(row["seconds"]) == pytest.approx(8, rel=0.01)
+
+
+def test_a_budget_of_seconds_is_images_at_the_speed_measured_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "training_rates", lambda configs, *_: dict(zip(configs, (40.0, 90.0), strict=True)))
+    options = ["--seeds", 1, "--lrs", 4e-3, "--budget", "seconds", "--amount", 10, "--reference", "inspired"]
+    rows = compared(tmp_path, "--arms", "inspired", "true:pooled", *options)
+    assert [int(row["images"]) for row in rows] == [400, 896]  # whole batches of 8
+    for row in rows:
+        assert float(row["seconds"]) == pytest.approx(10, rel=0.01)
+    costs = table(tmp_path / "costs.csv")
+    assert {cost["arm"]: cost["images_per_second"] for cost in costs} == {"inspired": "40.0", "true:pooled": "90.0"}
+    for cost, row in zip(costs, rows, strict=True):
+        model = build_model(compare.ARMS[row["arm"]][0], in_channels=1)
+        assert int(cost["parameters"]) == sum(p.numel() for p in model.parameters())
+        assert int(cost["training_multiply_adds"]) == 3 * int(cost["multiply_adds"])
+
+    text = (tmp_path / "costs.csv").read_text().replace(costs[0]["machine"], "an abacus")
+    (tmp_path / "costs.csv").write_text(text)
+    code, _, err = call(compare, *TINY, "--output-dir", tmp_path, "--arms", "inspired", *options)
+    assert code == 2 and "costs.csv" in err and "an abacus" in err and err.count("\n") == 1, err
+
+
+def test_other_budgets_take_their_seconds_from_the_machine_of_the_last_command(tmp_path, monkeypatch):
+    options = ["--arms", "true:pooled", "--seeds", 1, "--lrs", 4e-3, "--amount", 80]
+    monkeypatch.setattr(compare, "training_rates", lambda configs, *_: dict.fromkeys(configs, 10.0))
+    assert compared(tmp_path, *options)[0]["seconds"] == "8.0"
+    monkeypatch.setattr(compare, "training_rates", lambda configs, *_: dict.fromkeys(configs, 20.0))
+    assert compared(tmp_path, *options)[0]["seconds"] == "8.0"
+    monkeypatch.setattr(compare, "machine_name", lambda _: "an abacus")
+    assert compared(tmp_path, *options)[0]["seconds"] == "4.0"
+    assert {point["seconds"] for point in table(tmp_path / "curves.csv")} == {"2.0", "4.0"}
+
+
+def test_what_an_arm_costs_is_counted_once_and_not_at_every_step(tmp_path, monkeypatch):
+    """Counted at every step it doubled the time of a comparison."""
+    counted = []
+    monkeypatch.setattr(compare, "multiply_adds", lambda *a: (counted.append(a), multiply_adds(*a))[1])
+    compared(tmp_path, "--arms", "inspired", "--reference", "inspired", "--seeds", 1, "--lrs", 4e-3, "--amount", 80)
+    assert len(counted) == 1
 
 
 def test_what_would_mix_two_comparisons_is_refused(experiment, tmp_path):

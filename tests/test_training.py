@@ -13,7 +13,8 @@ from image_data import Batch, ImageData, held_out_bank, load_images, to_float
 from models import load_model
 from train_config import TrainConfig
 from train_state import ema_decay
-from training import learning_rate, train
+from training import train
+from training_step import learning_rate
 from validation import held_out_loss
 
 

@@ -1,0 +1,40 @@
+"""Speeds from a clock that the test turns: what is counted, and that models take turns."""
+
+import pytest
+import torch
+
+import speed
+from image_data import load_images
+from train_config import TrainConfig
+
+
+def test_the_rate_is_images_over_time_and_the_models_take_turns(monkeypatch):
+    """One model's step takes half a second, the other's two and, in one round, a disturbed twenty."""
+    clock, order = [0.0], []
+    data = load_images("digits", "unused")
+
+    def take_step(network, state, *_, **__):
+        name = state.about["model"]
+        order.append(name)
+        clock[0] += 0.5 if name == "inspired" else 20.0 if order.count("true") == 3 else 2.0
+
+    monkeypatch.setattr(speed, "take_step", take_step)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    configs = {name: TrainConfig(model=name, dataset="digits", batch_size=8) for name in ("true", "inspired")}
+    rates = speed.training_rates(configs, data, torch.device("cpu"))
+    assert rates == {"true": pytest.approx(4.0), "inspired": pytest.approx(16.0)}
+    warm_up, rounds = order[:2], order[2:]
+    assert warm_up == ["true", "inspired"]
+    assert rounds == ["true", "inspired", "inspired"] * speed.ROUNDS
+
+
+def test_a_real_step_is_timed(monkeypatch):
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
+    config = TrainConfig(model="true:pooled", dataset="digits", batch_size=4, precision="fp32")
+    (rate,) = speed.training_rates({"it": config}, load_images("digits", "unused"), torch.device("cpu")).values()
+    assert 0 < rate < 1e5
+
+
+def test_the_machine_is_named_with_its_threads():
+    name = speed.machine_name(torch.device("cpu"))
+    assert name.endswith(f", {torch.get_num_threads()} threads") and len(name) > len(", 1 threads")
