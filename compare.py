@@ -26,7 +26,7 @@ from command_line import Parser, integer, number, run
 from comparison import Cost, Point, Result, markdown, read_rows, save_curves, save_rows
 from diffusion import PREDICTION_TYPES, SCHEDULES, DDPMScheduler, sample_images
 from errors import UserError
-from hardware import DEVICES, Processes, choose_device
+from hardware import DEVICES, Processes, choose_device, keep_freed_memory
 from image_data import DATASETS, ImageData, held_out_bank, load_images
 from models import ARMS, build_model, count_parameters, load_model, multiply_adds
 from pictures import save_labelled_rows
@@ -162,7 +162,8 @@ def arm_config(s: argparse.Namespace, arm: str) -> TrainConfig:
     return TrainConfig(
         model=model,
         model_config=model_config,
-        **{name: getattr(s, name) for name in (*own, "compile", "device")},
+        **{name: getattr(s, name) for name in (*own, "device")},
+        compile="on" if s.compile else "off",
         epochs=None,
         draw_grids=False,
     )
@@ -207,6 +208,7 @@ def main() -> None:
     s = parser().parse_args()
     folder = Path(s.output_dir)
     check_writable(folder, "--output-dir")
+    keep_freed_memory()
     choose_device(s.device)
     s.arms, s.lrs = list(dict.fromkeys(s.arms)), sorted(set(s.lrs))
     settings = shared_settings(s, folder)

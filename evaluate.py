@@ -23,7 +23,7 @@ from command_line import Parser, integer, run
 from diffusion import SAMPLERS
 from errors import RunFailed, UserError
 from evaluation import SHOWN, Report, evaluate, subject, table
-from hardware import DEVICES, choose_device, out_of_memory_named
+from hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_named
 from image_data import DATASETS, ImageData, load_images
 from inception_distances import MissingWeights, inception_weights, require_torch_fidelity
 from models import load_model
@@ -57,6 +57,7 @@ def main() -> None:
     args = parser().parse_args()
     if args.fid:
         require_torch_fidelity()
+    keep_freed_memory()
     device = choose_device(args.device)
     checkpoint = Path(args.checkpoint)
     weights = checkpoint / MODEL_FILE if checkpoint.is_dir() else checkpoint

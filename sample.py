@@ -19,7 +19,7 @@ from checkpoint import check_writable
 from command_line import Parser, integer, number, run
 from diffusion import SAMPLERS, DDPMScheduler, sample_images
 from errors import RunFailed, UserError
-from hardware import DEVICES, choose_device, out_of_memory_named
+from hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_named
 from liquid_diffusion import SOLVERS, TrueLiquidDiffusionModel
 from models import load_model
 from pictures import save_gif, save_grid
@@ -69,6 +69,7 @@ def main() -> None:
     given = p.given()
     if args.eta and args.sampler != "ddim":
         raise UserError(f"--eta: only --sampler ddim has it, got --sampler {args.sampler}")
+    keep_freed_memory()
     device = choose_device(args.device)
     if "checkpoint" not in given and not PUBLISHED.exists():
         raise UserError("--checkpoint: name a run folder; there are no published weights beside sample.py")

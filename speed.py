@@ -45,7 +45,7 @@ def training_rates(configs: dict[str, TrainConfig], data: ImageData, device: tor
 def _step(config: TrainConfig, data: ImageData, here: Processes) -> Callable[[], None]:
     """A function that trains a new model by one step and returns when that is done."""
     scheduler, state = untrained(config, data, here.device)
-    network = torch.compile(state.model) if config.compile else state.model
+    network = torch.compile(state.model) if config.compile == "on" else state.model
 
     def step() -> None:
         take_step(network, state, scheduler, data, config, here, progress=0.0)

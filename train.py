@@ -16,7 +16,7 @@ from checkpoint import CONFIG_FILE, read_config, run_folders
 from command_line import Parser, integer, number, run
 from diffusion import PREDICTION_TYPES, SCHEDULES
 from errors import UserError
-from hardware import DEVICES, PRECISIONS
+from hardware import COMPILE, DEVICES, PRECISIONS
 from image_data import DATASETS
 from liquid_diffusion import STEP_SHARE
 from models import MODELS, build_model
@@ -77,7 +77,14 @@ def parser() -> Parser:
         default=default["precision"],
         help="auto: bf16 where it is measured to be faster",
     )
-    p.add_argument("--compile", action="store_true", help="torch.compile the network; pays in long runs")
+    p.add_argument(
+        "--compile",
+        nargs="?",
+        choices=COMPILE,
+        const="on",
+        default=default["compile"],
+        help="torch.compile the network; auto: if the run is long and it is measured to be faster",
+    )
     p.add_argument("--log-every", type=integer(1), default=default["log_every"], help="steps between log lines")
     p.add_argument(
         "--sample-every",

@@ -26,7 +26,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
-    compile: bool = False
+    compile: str = "auto"  # "auto", "on" or "off"
     output_dir: str = "runs"
     log_every: int = 100
     sample_every: int = 5000

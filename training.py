@@ -4,7 +4,6 @@ A step takes batch number `step`, noises it, predicts, and moves the weights alo
 noise and learning rate are pure functions of the config and the step, so a resumed run ends with the same weights.
 """
 
-import copy
 import math
 import os
 import platform
@@ -12,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,20 +23,21 @@ import checkpoint
 from command_line import stop_signals
 from diffusion import DDPMScheduler
 from errors import RunFailed, UserError
+from fastest import faster
 from hardware import (
     Processes,
-    choose_precision,
     is_compiler_failure,
     is_lost_process,
     is_out_of_memory,
     join_processes,
+    keep_freed_memory,
 )
-from image_data import ImageData, held_out_bank, load_images, training_batch
+from image_data import ImageData, held_out_bank, load_images
 from models import count_parameters, multiply_adds
 from run_log import RunLog, tensorboard_writer
 from train_config import TrainConfig
 from train_state import TrainState, untrained
-from training_step import backward, take_step
+from training_step import take_step
 from validation import held_out_loss, sample_grid
 
 SKIPPED_SHOWN = 3
@@ -64,6 +64,7 @@ def train(
         checkpoint.check_writable(resume, "--resume")
     elif not dry_run:
         checkpoint.check_writable(Path(config.output_dir), "--output-dir")
+    keep_freed_memory()
     with join_processes(config.device) as here:
         if config.batch_size < here.world_size:
             raise UserError(f"--batch-size: must be at least the {here.world_size} processes, got {config.batch_size}")
@@ -82,10 +83,9 @@ def train(
         smaller = f"--batch-size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller --image-size"
         with failures_named(run, here, smaller):
             scheduler, state = untrained(config, data, here.device)
-            if config.precision == "auto":
-                config = replace(config, precision=measured_precision(state.model, scheduler, data, config, here))
             if resume is not None:
                 state.restore(run, here)
+            config = faster(config, state, scheduler, data, here)
         if here.is_main and resume is None and not dry_run:
             run = checkpoint.make_run_folder(run.parent, f"{config.model}-{config.dataset}")
         with failures_named(run, here, smaller):
@@ -140,7 +140,7 @@ def loop(
 
     The run's seconds are those of training: the clock stands still while the run measures, draws and saves.
     """
-    network = torch.compile(state.model) if config.compile else state.model
+    network = torch.compile(state.model) if config.compile == "on" else state.model
     if here.world_size > 1:
         network = DistributedDataParallel(network)
     bank = held_out_bank(data, config.timesteps)
@@ -196,22 +196,6 @@ def loop(
                     on_progress(progress)
 
 
-def measured_precision(
-    model: nn.Module, scheduler: DDPMScheduler, data: ImageData, config: TrainConfig, here: Processes
-) -> str:
-    """The faster precision for this model and batch size here, as the main process measures it, on a copy."""
-    if not here.is_main:
-        return ("fp32", "bf16")[int(here.agree(0)[0])]
-    trial = copy.deepcopy(model)
-    size = config.batch_size // here.world_size
-    batch = training_batch(data, seed=0, number=0, batch_size=size, num_timesteps=config.timesteps, device=here.device)
-    choice = choose_precision(
-        here.device, lambda precision: backward(trial, scheduler, batch, replace(config, precision=precision), 1 / size)
-    )
-    here.agree(float(choice == "bf16"))
-    return choice
-
-
 def description(config: TrainConfig, data: ImageData, model: nn.Module, here: Processes, run: Path) -> str:
     """What is about to run, a line each."""
     where = here.device.type if here.world_size == 1 else f"{here.world_size} x {here.device.type}"
@@ -222,7 +206,7 @@ def description(config: TrainConfig, data: ImageData, model: nn.Module, here: Pr
     budget = f"{config.minutes:g} minutes" if steps is None else f"{steps:,} steps"
     macs = multiply_adds(model, data.shape)
     lines = [
-        f"device   {where}, {config.precision}",
+        f"device   {where}, {config.precision}{', compiled' if config.compile == 'on' else ''}",
         f"model    {config.model}: {count_parameters(model):,} parameters, {macs:,} multiply-adds a forward pass",
         f"data     {config.dataset}: {len(data.train):,} images {shape}, {len(data.held_out):,} held out",
         *(f"skipped  {line}" for line in data.skipped[:SKIPPED_SHOWN]),

@@ -1,6 +1,4 @@
-"""The loop's pure functions, what a short run learns, and the precision that a machine is given."""
-
-import time
+"""The loop's pure functions, and what a short run learns."""
 
 import pytest
 import torch
@@ -8,7 +6,7 @@ import torch
 from checkpoint import read_resume
 from diffusion import DDPMScheduler
 from errors import UserError
-from hardware import choose_device, choose_precision
+from hardware import choose_device
 from image_data import Batch, ImageData, held_out_bank, load_images, to_float
 from models import load_model
 from train_config import TrainConfig
@@ -125,14 +123,6 @@ def test_held_out_loss_is_the_mean_over_the_bank_in_any_chunks():
     network = Network()
     expected = scheduler.loss(network, bank.x_0, bank.t, bank.eps).double().mean().item()
     assert held_out_loss(network, scheduler, bank, chunk=300) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("slow, choice", [("fp32", "bf16"), ("bf16", "fp32"), (None, "fp32")])
-def test_precision_is_the_one_that_is_faster_here(slow, choice):
-    def step(precision):
-        time.sleep(0.02 if precision == slow else 0.01)
-
-    assert choose_precision(torch.device("cpu"), step, rounds=2) == choice
 
 
 def test_a_device_that_is_not_there_is_named():

@@ -1,0 +1,85 @@
+"""How a run computes: precision and compilation, chosen by timing the run's own step on this machine."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from diffusion import DDPMScheduler
+from hardware import Processes, is_compiler_failure
+from image_data import ImageData, training_batch
+from train_config import TrainConfig
+from train_state import TrainState
+from training_step import backward
+
+WORTHWHILE = 0.9  # a faster way is taken if its step lasts at most this share of the plain one's
+ROUNDS = 8
+LONG_RUN = 300.0  # seconds: compiling the true model takes 30 on two cores and has been measured to save a quarter
+
+
+def faster(
+    config: TrainConfig, state: TrainState, scheduler: DDPMScheduler, data: ImageData, here: Processes
+) -> TrainConfig:
+    """`config` with `auto` replaced by what is faster here, as the main process measures it; the weights stay.
+
+    Compiling is tried if the rest of the run would otherwise last LONG_RUN seconds, and kept if it is faster.
+    Raises RuntimeError from the step, out of memory for instance.
+    """
+    if "auto" not in (config.precision, config.compile):
+        return config
+    if not here.is_main:
+        bf16, compiled = here.agree(0, 0)
+        return replace(config, precision="bf16" if bf16 else "fp32", compile="on" if compiled else "off")
+    size = config.batch_size // here.world_size
+    batch = training_batch(data, seed=0, number=0, batch_size=size, num_timesteps=config.timesteps, device=here.device)
+
+    def timed(network: nn.Module, precision: str) -> Callable[[], None]:
+        return lambda: backward(network, scheduler, batch, replace(config, precision=precision), 1 / size)
+
+    network, precisions, compile_ = state.model, [config.precision], config.compile
+    if config.precision == "auto":
+        precisions = ["fp32", "bf16"] if supports_bf16(here.device) else ["fp32"]
+    seconds = best_seconds({name: timed(network, name) for name in precisions}, here.device)
+    precision = worthwhile(seconds, precisions[0])
+    if compile_ == "auto":
+        compile_ = "off"
+        total = config.total_steps(len(data.train))
+        rest = (total - state.step) * seconds[precision] if total else 60 * config.minutes - state.seconds
+        if rest >= LONG_RUN and here.device.type != "mps":
+            print("compiling the network, to see whether that is faster: about half a minute", flush=True)
+            try:
+                both = {"off": timed(network, precision), "on": timed(torch.compile(network), precision)}
+                compile_ = worthwhile(best_seconds(both, here.device), "off")
+            except RuntimeError as error:
+                if not is_compiler_failure(error):
+                    raise
+                print(f"it cannot be compiled here ({str(error).splitlines()[0]})", flush=True)
+    state.optimizer.zero_grad()
+    here.agree(float(precision == "bf16"), float(compile_ == "on"))
+    return replace(config, precision=precision, compile=compile_)
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Whether bf16 may be faster on this kind of device at all."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def best_seconds(steps: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """The shortest time of each step, in seconds; in turn, so that a change of the machine's speed meets all."""
+    best = dict.fromkeys(steps, float("inf"))
+    for _ in range(2 + ROUNDS):  # the first ones allocate, choose kernels and compile, and are never the shortest
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def worthwhile(seconds: dict[str, float], plain: str) -> str:
+    """The quickest way if it is clearly quicker than the plain one, else that."""
+    quickest = min(seconds, key=seconds.get)
+    return quickest if seconds[quickest] <= WORTHWHILE * seconds[plain] else plain
