@@ -63,7 +63,7 @@ class FixedTauLiquid(TrueLiquidDiffusionModel):
 
     processor_type = FixedTauProcessor
 
-    def __init__(self, in_channels: int = 3, num_classes: int = 0, channels: Sequence[int] = (28, 30, 31), **options):
+    def __init__(self, in_channels: int = 3, num_classes: int = 0, channels: Sequence[int] = (36, 26, 26), **options):
         super().__init__(in_channels, num_classes, channels, **options)
 
 
@@ -102,7 +102,7 @@ class UntiedLiquid(TrueLiquidDiffusionModel):
 
     processor_type = UntiedProcessor
 
-    def __init__(self, in_channels: int = 3, num_classes: int = 0, channels: Sequence[int] = (14, 18, 18), **options):
+    def __init__(self, in_channels: int = 3, num_classes: int = 0, channels: Sequence[int] = (18, 14, 15), **options):
         super().__init__(in_channels, num_classes, channels, **options)
 
 

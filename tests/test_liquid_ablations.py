@@ -30,7 +30,7 @@ def test_pooled_cells_do_not_see_where_a_pixel_lies():
     _, state = PooledLiquid()(x, t, return_state=True)
     assert [h.shape[2:] for h in state] == [(1, 1)] * 3
     model = PooledLiquid()
-    features = torch.randn(2, 24, 16, 16)
+    features = torch.randn(2, 32, 16, 16)
     embedding = model.embedding(t)
     for a, b in zip(*(model.processor(f, embedding) for f in (features, features.roll((3, 5), (2, 3)))), strict=True):
         assert torch.allclose(a, b, atol=1e-6)  # a moved image is the same to them

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, interpolate
 from torchdiffeq import odeint
 
 from errors import UserError
-from liquid_diffusion import SOLVERS, STEP_SHARE, TAU_RANGE, RealLiquidCell, TrueLiquidDiffusionModel
+from liquid_diffusion import SOLVERS, STEP_SHARE, TAU_RANGE, RealLiquidCell, TrueLiquidDiffusionModel, upsample
 from models import count_parameters
 
 
@@ -145,7 +145,7 @@ def test_tau_has_a_gradient_at_both_bounds():
 def test_no_state_is_a_state_of_zeros():
     model = make_model()
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 200])
-    zeros = tuple(torch.zeros(2, c, 16 // s, 16 // s) for c, s in ((28, 4), (28, 2), (24, 1)))
+    zeros = tuple(torch.zeros(2, c, 16 // s, 16 // s) for c, s in ((24, 4), (24, 2), (32, 1)))
     output, state = model(x, t, None, return_state=True)
     output_from_zeros, state_from_zeros = model(x, t, zeros, return_state=True)
     assert torch.equal(output, output_from_zeros)
@@ -208,6 +208,14 @@ def test_more_steps_of_any_solver_meet_the_same_solution(solver):
     expected = model(x, t)
     model.set_solver(solver, (400, 400, 400))
     assert (model(x, t) - expected).abs().max() < 5e-2 * expected.abs().max()
+
+
+def test_upsampling_and_its_gradient_are_torchs():
+    x, weight = torch.randn(2, 3, 4, 6, requires_grad=True), torch.randn(2, 3, 8, 12)
+    ours, torchs = upsample(x), interpolate(x, scale_factor=2, mode="nearest")
+    assert torch.equal(ours, torchs)
+    gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, torchs)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_parameter_budget():
