@@ -27,17 +27,27 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 is worth a trial on this device."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def synchronize(device: torch.device) -> None:
+    """Return when the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def choose_precision(device: torch.device, step: Callable[[str], object], rounds: int = 8) -> str:
     """`bf16` where step("bf16") is measured to be clearly faster than step("fp32") on this device, else `fp32`."""
-    if device.type == "mps" or (device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)):
+    if not has_bf16(device):
         return "fp32"
     best = {"fp32": float("inf"), "bf16": float("inf")}
     for _ in range(2 + rounds):  # in turn, so that a change of the machine's speed meets both; the best is the verdict
         for precision in best:
             start = time.perf_counter()
             step(precision)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             best[precision] = min(best[precision], time.perf_counter() - start)
     return "bf16" if best["bf16"] < WORTHWHILE * best["fp32"] else "fp32"
 
