@@ -25,7 +25,7 @@ from benchmark_sections import NEED_TRAIN, SECTIONS, Bench, Variant
 from checkpoint import atomic_path, check_writable, save_json
 from command_line import Parser, integer, number, run
 from errors import UserError
-from hardware import DEVICES, choose_device, has_bf16
+from hardware import DEVICES, choose_device, has_bf16, out_of_memory_named
 from speed import machine_name
 
 PACKAGES = ("diffusers", "torchdiffeq", "ncps")
@@ -88,7 +88,11 @@ def main() -> None:
     for name in s.sections:
         print(f"measuring {name}", flush=True)
         torch._dynamo.reset()
-        report[name] = SECTIONS[name](bench)
+        try:
+            with out_of_memory_named(s.batch_size, "a smaller --image-size"):
+                report[name] = SECTIONS[name](bench)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{folder / 'benchmark.json'} has the sections before {name}") from None
         save_json(folder / "benchmark.json", report)
     table = markdown(report)
     with atomic_path(folder / "benchmark.md") as temporary:

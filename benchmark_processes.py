@@ -10,6 +10,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,10 +35,10 @@ def synthetic_images(side: int, count: int = 1024) -> ImageData:
 
 
 def peak_memory(config: TrainConfig, side: int, threads: int) -> dict:
-    """Peak memory of training steps in a fresh process: {"peak_bytes", "before_bytes"} or {"reason"}.
+    """Peak memory of training in a fresh process: {"peak_bytes", "step_bytes"} or {"reason"}.
 
-    The first is the whole process's on a CPU, what tensors take on a GPU. The second is what the process had before
-    the model was built.
+    The first is the whole process's on a CPU and the tensors' on a GPU. The second is by how much it is above that of
+    a small model of the kind on one image, which has loaded the same libraries.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
@@ -51,16 +52,24 @@ def _peak_memory(config: TrainConfig, side: int, threads: int) -> dict:
     torch.set_num_threads(threads)
     device, data = torch.device(config.device), synthetic_images(side)
     try:
-        before = _peak_bytes(device)
         data = data.to(device)
-        step = train_step(config, data, Processes(device), *untrained(config, data, device))
-        for _ in range(2):  # in the second, the optimizer has its state from the start
-            step()
-        return {"peak_bytes": _peak_bytes(device), "before_bytes": before}
+        _two_steps(replace(config, batch_size=1, model_config={}), data, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        before = _peak_bytes(device)
+        _two_steps(config, data, device)
+        peak = _peak_bytes(device)
+        return {"peak_bytes": peak, "step_bytes": peak - before}
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         return {"reason": "out of memory"}
+
+
+def _two_steps(config: TrainConfig, data: ImageData, device: torch.device) -> None:
+    step = train_step(config, data, Processes(device), *untrained(config, data, device))
+    for _ in range(2):  # in the second, the optimizer has its state from the start
+        step()
 
 
 def _peak_bytes(device: torch.device) -> int:

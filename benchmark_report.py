@@ -29,10 +29,11 @@ def goals(report: Report) -> list[tuple[str, float | None, str]]:
     steps = {name: dig(part, "seconds") for name, part in (dig(report, "peers", "train_step") or {}).items()}
     drawing = {arm: dig(part, "seconds") for arm, part in (dig(report, "sampling", "arms") or {}).items()}
     floor = dig(report, "floor", "arms", "true") or {}
-    peaks = [dig(part, "peak_bytes") for part in (dig(report, "memory", "true") or {}).values()]
-    peak = min(filter(None, peaks), default=None)
+    memory = [part for part in (dig(report, "memory", "true") or {}).values() if "peak_bytes" in part]
+    least = min(memory, key=lambda part: part["peak_bytes"], default={})
+    peak, own = least.get("peak_bytes"), least.get("step_bytes")
     ours = cells.get("ours")
-    drawn = f"{dig(report, 'sampling', 'images')} images in {dig(report, 'sampling', 'steps')} steps"
+    drawn = "{images} images in {steps} steps".format(**report["sampling"]) if "sampling" in report else "images"
     return [
         (f"train step over its convolutions alone, batch {batch}", floor.get("step_over_floor_convs"), "x"),
         ("train step over its multiply-adds at the matrix rate", floor.get("step_over_matrix_rate"), "x"),
@@ -53,7 +54,8 @@ def goals(report: Report) -> list[tuple[str, float | None, str]]:
         ),
         (f"`unet:35.7m` sampling {drawn}, over ours", ratio(drawing.get("unet:35.7m"), drawing.get("true")), "x"),
         ("a million training images", ratio(1e6, speed.get("true")), "s"),
-        (f"peak memory of a train step, batch {batch}", peak and peak / 2**20, "MiB"),
+        (f"peak memory of a process that trains, batch {batch}", peak and peak / 2**20, "MiB"),
+        ("of which its train steps alone", own and own / 2**20, "MiB"),
         ("`python sample.py`, process start to PNG", dig(report, "start", "seconds"), "s"),
         ("images/s of two processes over one", dig(report, "processes", "two_over_one"), "x"),
     ]
@@ -82,8 +84,8 @@ def markdown(report: Report) -> str:
         "",
         f"Device {report['device']}, {report['threads']} CPU threads, load average {report['load_average_at_start']} "
         f"at the start; {', '.join(f'{name} {version}' for name, version in versions.items())}. Batch "
-        f"{settings['batch_size']}, random images 3x{side}x{side}. Medians of rounds of {settings['seconds']:g} s, taken "
-        "in turn after a warm-up. Every model and cell stands with the fastest of fp32 and bf16"
+        f"{settings['batch_size']}, random images 3x{side}x{side}. Medians of rounds of {settings['seconds']:g} s, "
+        "taken in turn after a warm-up. Every model and cell stands with the fastest of fp32 and bf16"
         + (" (nothing was compiled)." if settings["no_compile"] else ", as written and compiled."),
         "",
         *table(("of the true liquid model", "value", "unit"), goals(report)),
@@ -209,7 +211,7 @@ def save_plot(report: Report, path: Path) -> None:
             axes.set(xlabel=panel.replace("_", " "), ylabel="training images/s", xscale="log", yscale="log")
             sizes = [int(size) for size in found[panel]]
             axes.set_xticks(sizes, [str(size) for size in sizes])
-            axes.minorticks_off()
+            axes.set_xticks([], minor=True)
             axes.legend()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -121,7 +121,7 @@ def floor_seconds(counts: Counter[Convolution], device: torch.device, seconds: f
     total, table = 0.0, []
     forms = [f for f in itertools.product(PRECISIONS, LAYOUTS) if f[0] == "fp32" or has_bf16(device)]
     burst = 1 if device.type == "cpu" else BURST
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         for c, count in counts.items():
             calls = {(*form, part): call for form in forms for part, call in passes(c, device, *form).items()}
             medians = {name: statistics.median(rounds) / burst for name, rounds in in_turn(calls, seconds).items()}
