@@ -100,7 +100,8 @@ def main() -> None:
     save_plot(report, folder / "benchmark.png")
     print(table)
     for name in ("benchmark.json", "benchmark.md", "benchmark.png"):
-        print(folder / name)
+        if (folder / name).exists():
+            print(folder / name)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ of shape (B, in_channels, H, W), or on part of their pixels. The mapping is the 
   as that has channels; they are spared its 3x3 neighbourhoods.
 - `LTC` runs one element of a sequence with as many `ode_unfolds` as the detail cell has ODE steps.
 - `CfC` is a closed form and needs no steps: one element of a sequence. Unrolled over the ODE steps it is timed too.
-- Theirs is timed on at most PIXELS pixels, for LTC keeps (pixels, inputs, units) values a step, and scaled to all.
+- Theirs are timed on as many pixels at once as are fastest, and scaled to all: LTC keeps some (pixels, units, units)
+  values a step, which on a CPU have to fit its cache.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,10 @@ from torch import Tensor, nn
 from hardware import synchronize
 from liquid_diffusion import RealLiquidCell, TrueLiquidDiffusionModel
 
-PIXELS = {"cpu": 16 * 1024, "cuda": 64 * 1024}  # that an ncps cell is timed on
+# That an ncps cell is timed on. On a CPU, of 256 to 16,384 those of the least measured time a pixel (one thread);
+# on a GPU as many as keep it busy and leave LTC's memory under 10 GB (counted, not measured).
+PIXELS = {"ltc": 256, "cfc": 4096, "cfc-unrolled": 1024}
+PIXELS_GPU = 64 * 1024
 GRADIENT = 1.0  # that every output of a cell is given
 
 
@@ -73,10 +77,10 @@ def cell_inputs(cell: RealLiquidCell, batch_size: int, side: int, device: torch.
     return x.requires_grad_(), torch.randn(batch_size, cell.time.in_features, device=device)
 
 
-def as_pixels(x: Tensor) -> Tensor:
-    """Features (B, C, H, W) -> at most PIXELS of their pixels, (N, C), which take a gradient."""
+def as_pixels(x: Tensor, kind: str) -> Tensor:
+    """Features (B, C, H, W) -> as many of their pixels as a `PixelCell` is timed on, (N, C), which take a gradient."""
     pixels = x.detach().permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-    return pixels[: PIXELS["cpu" if x.device.type == "cpu" else "cuda"]].clone().requires_grad_()
+    return pixels[: PIXELS[kind] if x.device.type == "cpu" else PIXELS_GPU].clone().requires_grad_()
 
 
 def forward_backward(cell: nn.Module, inputs: tuple[Tensor, ...], precision: str) -> Callable[[], None]:

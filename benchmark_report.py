@@ -182,7 +182,9 @@ def save_plot(report: Report, path: Path) -> None:
     }
     panels = [name for name in ("batch_size", "image_side", "ode_steps") if found.get(name)]
     panels = (["train"] if train else []) + panels
-    figure = Figure(figsize=(11, 3.8 * max(1, -(-len(panels) // 2))), layout="constrained")
+    if not panels:
+        return
+    figure = Figure(figsize=(11, 3.8 * -(-len(panels) // 2)), layout="constrained")
     figure.suptitle(report["machine"])
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(-(-len(panels) // 2), 2 if len(panels) > 1 else 1, i + 1)

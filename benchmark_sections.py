@@ -162,10 +162,10 @@ def measure_peers(bench: Bench) -> dict:
     ours = peers.detail_cell(model.to(bench.device, memory_format=torch.channels_last))
     theirs = peers.detail_cell(peers.drive_by_torchdiffeq(copy.deepcopy(model)))
     inputs = peers.cell_inputs(ours, bench.batch_size, bench.side, bench.device)
-    pixels = (peers.as_pixels(inputs[0]),)
-    units, width = ours.recurrent.out_channels, pixels[0].shape[1]
+    units, width = ours.recurrent.out_channels, inputs[0].shape[1]
     cells: dict[str, tuple[nn.Module, tuple]] = {"ours": (ours, inputs), "torchdiffeq": (theirs, inputs)}
-    for kind in ("ltc", "cfc", "cfc-unrolled"):
+    for kind in peers.PIXELS:
+        pixels = (peers.as_pixels(inputs[0], kind),)
         cells[f"ncps {kind}"] = peers.PixelCell(kind, width, units, ours.num_steps).to(bench.device), pixels
     calls = {
         (name, v): peers.forward_backward(torch.compile(cell) if v.compile else cell, x, v.precision)
@@ -175,7 +175,7 @@ def measure_peers(bench: Bench) -> dict:
     report = by_variant(calls, bench.seconds)
     all_pixels = bench.batch_size * bench.side**2
     for name, part in report.items():
-        timed = len(pixels[0]) if name.startswith("ncps") else all_pixels
+        timed = len(cells[name][1][0]) if name.startswith("ncps") else all_pixels
         part |= {"pixels_timed": timed, "seconds": part["seconds"] and part["seconds"] * all_pixels / timed}
     steps = {
         (name, v): bench.step(bench.config("true", v), change=change)

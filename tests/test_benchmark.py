@@ -131,7 +131,7 @@ def test_another_function_is_not_taken_for_the_same():
 def test_an_ncps_cell_sees_every_pixel_with_the_detail_cells_width(kind, elements, unfolds):
     cell = peers.detail_cell(build_model("true"))
     features, _ = peers.cell_inputs(cell, 2, 8, torch.device("cpu"))
-    pixels = peers.as_pixels(features)
+    pixels = peers.as_pixels(features, kind)
     assert pixels.shape == (2 * 8 * 8, 24 + 28)
     assert torch.equal(pixels[8 * 8 + 3], features[1, :, 0, 3])
     peer = peers.PixelCell(kind, pixels.shape[1], cell.recurrent.out_channels, cell.num_steps)
@@ -144,8 +144,8 @@ def test_an_ncps_cell_sees_every_pixel_with_the_detail_cells_width(kind, element
 
 
 def test_at_most_so_many_pixels_are_timed(monkeypatch):
-    monkeypatch.setitem(peers.PIXELS, "cpu", 100)
-    assert peers.as_pixels(torch.zeros(2, 5, 8, 8)).shape == (100, 5)
+    monkeypatch.setitem(peers.PIXELS, "ltc", 100)
+    assert peers.as_pixels(torch.zeros(2, 5, 8, 8), "ltc").shape == (100, 5)
 
 
 def test_calls_take_turns_and_a_slow_one_has_fewer_rounds(monkeypatch):
