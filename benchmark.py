@@ -1,6 +1,6 @@
 """Speed, side by side and in one run: the models, what a user would otherwise pick, and the limit of this machine.
 
-python benchmark.py                                   # all of it, about an hour on two CPU cores
+python benchmark.py                                   # all of it
 python benchmark.py --device cuda --batch-size 512
 python benchmark.py --sections peers floor --no-compile
 
@@ -92,7 +92,8 @@ def main() -> None:
             with out_of_memory_named(s.batch_size, "a smaller --image-size"):
                 report[name] = SECTIONS[name](bench)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{folder / 'benchmark.json'} has the sections before {name}") from None
+            done = s.sections[: s.sections.index(name)]
+            raise KeyboardInterrupt(f"{folder / 'benchmark.json'} has {', '.join(done)}" if done else "") from None
         save_json(folder / "benchmark.json", report)
     table = markdown(report)
     with atomic_path(folder / "benchmark.md") as temporary:

@@ -251,6 +251,19 @@ def test_memory_processes_and_start_are_run_by_their_sections(tmp_path, monkeypa
         assert value in out
 
 
+def test_an_interruption_says_what_is_measured(tmp_path, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sections.SECTIONS, "sampling", interrupted)
+    monkeypatch.setitem(sections.SECTIONS, "train", lambda _: {"true": {"images_per_second": 1.0}})
+    options = ["--device", "cpu", "--output-dir", tmp_path, "--sections"]
+    assert call(benchmark, *options, "sampling")[::2] == (130, "benchmark.py: interrupted\n")
+    code, _, err = call(benchmark, *options, "train", "sampling")
+    assert (code, err) == (130, f"benchmark.py: interrupted: {tmp_path / 'benchmark.json'} has train\n")
+    assert json.loads((tmp_path / "benchmark.json").read_text())["train"]["true"]["images_per_second"] == 1
+
+
 def test_two_processes_divide_a_batch():
     config = TrainConfig(dataset="synthetic", batch_size=2, device="cpu", precision="fp32")
     with mock.patch("benchmark_processes.ROUNDS", 1):
