@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffusion import DDPMScheduler
-from hardware import Processes, is_compiler_failure
+from hardware import Processes, has_bf16, is_compiler_failure, synchronize
 from image_data import ImageData, training_batch
 from train_config import TrainConfig
 from train_state import TrainState
@@ -40,7 +40,7 @@ def faster(
 
     network, precisions, compile_ = state.model, [config.precision], config.compile
     if config.precision == "auto":
-        precisions = ["fp32", "bf16"] if supports_bf16(here.device) else ["fp32"]
+        precisions = ["fp32", "bf16"] if has_bf16(here.device) else ["fp32"]
     seconds = best_seconds({name: timed(network, name) for name in precisions}, here.device)
     precision = worthwhile(seconds, precisions[0])
     if compile_ == "auto":
@@ -61,11 +61,6 @@ def faster(
     return replace(config, precision=precision, compile=compile_)
 
 
-def supports_bf16(device: torch.device) -> bool:
-    """Whether bf16 may be faster on this kind of device at all."""
-    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
-
-
 def best_seconds(steps: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
     """The shortest time of each step, in seconds; in turn, so that a change of the machine's speed meets all."""
     best = dict.fromkeys(steps, float("inf"))
@@ -73,8 +68,7 @@ def best_seconds(steps: dict[str, Callable[[], object]], device: torch.device) -
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             best[name] = min(best[name], time.perf_counter() - start)
     return best
 

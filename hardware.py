@@ -41,6 +41,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 is worth a trial on this device."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def synchronize(device: torch.device) -> None:
+    """Return when the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process among `world_size` equal ones. Its collectives are no-ops when it is alone."""

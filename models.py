@@ -1,5 +1,6 @@
 """Every architecture by its name: the only place that knows them all."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def build_model(name: str, **config) -> nn.Module:
         return known[name](**config)
     except TypeError as error:
         raise UserError(f"model {name!r} cannot be built from {config}: {error}") from error
+
+
+def complete_config(name: str, **config) -> dict[str, Any]:
+    """`config` with the defaults that `build_model` would fill in, so that a file stays readable if they change."""
+    own = [base.__init__ for base in type(build_model(name, **config)).__mro__ if "__init__" in vars(base)]
+    parameters = [p for init in reversed(own) for p in inspect.signature(init).parameters.values()]
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | config
 
 
 def load_model(path: Path) -> tuple[nn.Module, DDPMScheduler, dict[str, Any]]:

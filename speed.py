@@ -9,43 +9,66 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
+from diffusion import DDPMScheduler
 from hardware import Processes
 from image_data import ImageData
 from train_config import TrainConfig
-from train_state import untrained
+from train_state import TrainState, untrained
 from training_step import take_step
 
 ROUNDS = 5
 SECONDS = 1.0  # of each round, a model; a slow model's round is one step
+SLOW, SLOW_ROUNDS = 10, 3  # a call that lasts ten rounds is measured in three
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def training_rates(configs: dict[str, TrainConfig], data: ImageData, device: torch.device) -> dict[str, float]:
     """Images a second that each config trains on, batches and moving average included: the median of ROUNDS rounds."""
     data, here = data.to(device), Processes(device)
-    steps = {name: _step(config, data, here) for name, config in configs.items()}
-    for step in steps.values():
-        step()  # the first one compiles, allocates and chooses kernels
-    rounds: dict[str, list[float]] = {name: [] for name in configs}
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
+    steps = {name: train_step(config, data, here, *untrained(config, data, device)) for name, config in configs.items()}
+    return {name: configs[name].batch_size / statistics.median(rounds) for name, rounds in in_turn(steps).items()}
+
+
+def in_turn(
+    calls: dict[Name, Callable[[], object]], seconds: float | None = None, *, warmed_up: bool = False
+) -> dict[Name, list[float]]:
+    """Seconds that each call takes, one value for each of ROUNDS rounds, in which the calls take turns.
+
+    seconds: of a round, a call (default: SECONDS). A call that lasts SLOW rounds has SLOW_ROUNDS of them. Each has to
+    return when its work is done, on whatever device. warmed_up: each has been called before.
+    """
+    seconds = SECONDS if seconds is None else seconds
+    for call in [] if warmed_up else calls.values():
+        call()  # the first one compiles, allocates and chooses kernels
+    rounds: dict[Name, list[float]] = {name: [] for name in calls}
+    for turn in range(ROUNDS):
+        for name, call in calls.items():
+            if turn >= SLOW_ROUNDS and rounds[name][0] > SLOW * seconds:
+                continue
             count, elapsed, started = 0, 0.0, time.perf_counter()
-            while elapsed < SECONDS:
-                step()
+            while elapsed < seconds:
+                call()
                 count += 1
                 elapsed = time.perf_counter() - started
-            rounds[name].append(count * configs[name].batch_size / elapsed)
-    return {name: statistics.median(rates) for name, rates in rounds.items()}
+            rounds[name].append(elapsed / count)
+    return rounds
 
 
-def _step(config: TrainConfig, data: ImageData, here: Processes) -> Callable[[], None]:
-    """A function that trains a new model by one step and returns when that is done."""
-    scheduler, state = untrained(config, data, here.device)
+def train_step(
+    config: TrainConfig, data: ImageData, here: Processes, scheduler: DDPMScheduler, state: TrainState
+) -> Callable[[], None]:
+    """A function that trains `state` by one step, as the training loop does, and returns when that is done."""
     network = torch.compile(state.model) if config.compile == "on" else state.model
+    if here.world_size > 1:
+        network = DistributedDataParallel(network)
 
     def step() -> None:
         take_step(network, state, scheduler, data, config, here, progress=0.0)

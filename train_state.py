@@ -13,7 +13,7 @@ from diffusion import DDPMScheduler
 from errors import RunFailed, UserError
 from hardware import Processes
 from image_data import ImageData
-from models import build_model
+from models import build_model, complete_config
 from train_config import TrainConfig
 
 BETAS = (0.9, 0.99)
@@ -113,11 +113,14 @@ def model_metadata(config: TrainConfig, data: ImageData) -> dict:
     """What `model.safetensors` says of itself: how to rebuild the model, and what it was trained on."""
     return {
         "model": config.model,
-        "model_config": {
-            "in_channels": data.shape[0],
-            "num_classes": len(data.classes) if config.class_conditional else 0,
-            **config.model_config,
-        },
+        "model_config": complete_config(
+            config.model,
+            **{
+                "in_channels": data.shape[0],
+                "num_classes": len(data.classes) if config.class_conditional else 0,
+                **config.model_config,
+            },
+        ),
         **{key: getattr(config, key) for key in ("timesteps", "schedule", "prediction_type", "dataset")},
         "shape": list(data.shape),
         "classes": list(data.classes),

@@ -5,7 +5,7 @@ import torch
 
 from checkpoint import save_model
 from errors import UserError
-from models import MODELS, build_model, count_parameters, load_model, multiply_adds
+from models import ARMS, MODELS, build_model, complete_config, count_parameters, load_model, multiply_adds
 
 REBUILD = {
     "model": "true",
@@ -117,3 +117,15 @@ def test_weights_that_do_not_fit_their_config_are_refused(change, tmp_path):
     save_model(path, build_model("true", **REBUILD["model_config"]).state_dict(), REBUILD | change)
     with pytest.raises(UserError):
         load_model(path)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_complete_config_has_every_default_and_builds_the_same_network(arm):
+    name, own = ARMS[arm]
+    if arm == "unet:35.7m":
+        pytest.skip("large, and no other kind of network than the other rungs")
+    config = complete_config(name, in_channels=1, **own)
+    assert config["in_channels"] == 1 and config["num_classes"] == 0 and "channels" in config
+    assert {"embedding_dim", "ode_steps", "solver"} <= config.keys() or not name.startswith("true")
+    shapes = [[p.shape for p in build_model(name, **c).parameters()] for c in (config, {"in_channels": 1} | own)]
+    assert shapes[0] == shapes[1]

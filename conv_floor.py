@@ -1,0 +1,164 @@
+"""What a model's step cannot be faster than: the time of its convolutions alone, each in the form that is best here.
+
+    counts = convolutions(model, (3, 32, 32), batch_size=64)     # each distinct convolution, and how often it is called
+    floor = floor_seconds(counts, torch.device("cpu"), seconds=0.1)
+
+A convolution counts with its forward and its backward pass, at its real shape, as often as a training step calls it:
+each step of an ODE is a call. What lies between them (activations, normalisation, optimizer, batches) counts nothing.
+"""
+
+import itertools
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hardware import has_bf16, synchronize
+from speed import in_turn
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+BURST = 10  # convolutions queued on an accelerator before it is waited for, so that the waiting costs little
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution as `aten.convolution` is called: shapes, and its arguments from the stride on."""
+
+    input: tuple[int, ...]  # (B, C_in, H, W)
+    weight: tuple[int, ...]  # (C_out, C_in / groups, kH, kW)
+    output: tuple[int, ...]  # (B, C_out, H', W')
+    bias: bool
+    options: tuple  # stride, padding, dilation, transposed, output padding, groups
+    input_gradient: bool  # the images themselves need none
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the forward pass over the batch."""
+        return torch.Size(self.output).numel() * torch.Size(self.weight[1:]).numel()
+
+    @property
+    def training_multiply_adds(self) -> int:
+        """Of the forward pass, the weight's gradient and, if there is one, the input's."""
+        return (3 if self.input_gradient else 2) * self.multiply_adds
+
+    def training_bytes(self, precision: str) -> int:
+        """Bytes to read and write if each pass moves each of its tensors once."""
+        x, w, y = (torch.Size(shape).numel() for shape in (self.input, self.weight, self.output))
+        values = (x + w + y) + (x + y + w) + (y + w + x if self.input_gradient else 0)
+        return values * PRECISIONS[precision].itemsize
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every convolution, from whichever module or function it is called."""
+
+    def __init__(self, image: Tensor):
+        super().__init__()
+        self.image, self.found = image, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            x, weight, bias, *options = args
+            options = tuple(tuple(value) if isinstance(value, list) else value for value in options)
+            shapes = tuple(x.shape), tuple(weight.shape), tuple(output.shape)
+            self.found[Convolution(*shapes, bias is not None, options, x.data_ptr() != self.image.data_ptr())] += 1
+        return output
+
+
+@torch.no_grad()
+def convolutions(model: nn.Module, shape: tuple[int, int, int], batch_size: int) -> Counter[Convolution]:
+    """How often one forward pass over images (batch_size, *shape) calls each distinct convolution.
+
+    model: on the CPU. It sees one image; a batch only lengthens the first dimension.
+    """
+    image = torch.zeros(1, *shape)
+    with _Recorder(image) as recorder:
+        model(image, torch.zeros(1, dtype=torch.long))
+    return Counter(
+        {
+            replace(c, input=(batch_size, *c.input[1:]), output=(batch_size, *c.output[1:])): count
+            for c, count in recorder.found.items()
+        }
+    )
+
+
+def passes(c: Convolution, device: torch.device, precision: str, layout: str) -> dict[str, Callable[[], None]]:
+    """The forward and the backward pass of a convolution on random values, BURST of each on an accelerator."""
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, device=device).to(PRECISIONS[precision]).contiguous(memory_format=LAYOUTS[layout])
+
+    x, w, gradient = random(c.input), random(c.weight), random(c.output)
+    bias = torch.zeros(c.weight[0], device=device, dtype=x.dtype) if c.bias else None
+    mask = [c.input_gradient, True, c.bias]
+    sizes = [c.weight[0]] if c.bias else None
+    burst = 1 if device.type == "cpu" else BURST
+
+    def forward() -> None:
+        for _ in range(burst):
+            torch.ops.aten.convolution(x, w, bias, *c.options)
+        synchronize(device)
+
+    def backward() -> None:
+        for _ in range(burst):
+            torch.ops.aten.convolution_backward(gradient, x, w, sizes, *c.options, mask)
+        synchronize(device)
+
+    return {"forward": forward, "backward": backward}
+
+
+def floor_seconds(counts: Counter[Convolution], device: torch.device, seconds: float) -> tuple[float, list[dict]]:
+    """(floor of a training step in seconds, each convolution with its time in every precision and layout).
+
+    seconds: of a round of the measurement of one pass. A convolution's forward and backward pass share what is best
+    for the two together, as a model's would.
+    """
+    total, table = 0.0, []
+    forms = [f for f in itertools.product(PRECISIONS, LAYOUTS) if f[0] == "fp32" or has_bf16(device)]
+    burst = 1 if device.type == "cpu" else BURST
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        for c, count in counts.items():
+            calls = {(*form, part): call for form in forms for part, call in passes(c, device, *form).items()}
+            medians = {name: statistics.median(rounds) / burst for name, rounds in in_turn(calls, seconds).items()}
+            times = {form: medians[(*form, "forward")] + medians[(*form, "backward")] for form in forms}
+            best = min(times, key=times.get)
+            total += count * times[best]
+            table.append(
+                {
+                    "input": c.input,
+                    "weight": c.weight,
+                    "groups": c.options[-1],
+                    "input_gradient": c.input_gradient,
+                    "calls_a_step": count,
+                    "best": " ".join(best),
+                    "seconds": {" ".join(name): value for name, value in medians.items()},
+                }
+            )
+    return total, table
+
+
+def matrix_rate(device: torch.device, precision: str, seconds: float) -> float:
+    """Multiply-adds a second of a large square matrix product, the fastest that this machine computes."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=PRECISIONS[precision]) for _ in range(2))
+    return side**3 / _median_seconds(lambda: torch.mm(a, b), device, seconds)
+
+
+def copy_bandwidth(device: torch.device, seconds: float) -> float:
+    """Bytes a second, read and written ones together, of a copy that no cache holds."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device, seconds)
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+    def call() -> None:
+        work()
+        synchronize(device)
+
+    return statistics.median(in_turn({"": call}, seconds)[""])
