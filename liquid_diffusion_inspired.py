@@ -45,8 +45,8 @@ class InspiredDiffusionModel(nn.Module):
         self,
         in_channels: int = 3,
         num_classes: int = 0,
-        channels: Sequence[int] = (20, 20, 24),
-        depths: Sequence[int] = (1, 2, 3),
+        channels: Sequence[int] = (24, 12, 16),
+        depths: Sequence[int] = (1, 1, 4),
         embedding_dim: int = 32,
     ):
         super().__init__()
