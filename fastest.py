@@ -1,5 +1,6 @@
 """How a run computes: precision and compilation, chosen by timing the run's own step on this machine."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,6 +50,7 @@ def faster(
         rest = (total - state.step) * seconds[precision] if total else 60 * config.minutes - state.seconds
         if rest >= LONG_RUN and here.device.type != "mps":
             print("compiling the network, to see whether that is faster: about half a minute", flush=True)
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA where none is
             try:
                 both = {"off": timed(network, precision), "on": timed(torch.compile(network), precision)}
                 compile_ = worthwhile(best_seconds(both, here.device), "off")

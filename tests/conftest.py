@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 # few timesteps make the grid of samples quick: it takes no more steps than there are
 TINY = ["--dataset", "digits", "--batch-size", "16", "--timesteps", "8", "--precision", "fp32", "--log-every", "5"]
+TINY += ["--compile", "off"]  # many a test starts a long run and stops it early
 
 
 def start_command(script: Path | str, *arguments, prepare: Callable[[], None] | None = None, **options):

@@ -20,13 +20,13 @@ from liquid_diffusion import SOLVERS
 from models import load_model
 
 # a large rate, so that a few steps make models whose images depend on every option; few timesteps, so that it is quick
-FEW_STEPS = ["--device", "cpu", "--precision", "fp32", "--timesteps", 8, "--lr", 0.05, "--batch-size", 16]
+FEW_STEPS = ["--device", "cpu", "--precision", "fp32", "--timesteps", 8, "--lr", 0.02, "--batch-size", 16]
 trained_quickly = partial(trained, options=FEW_STEPS)
 
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    return trained_quickly(tmp_path_factory.mktemp("digits"), "--dataset", "digits", "--steps", 60)
+    return trained_quickly(tmp_path_factory.mktemp("digits"), "--dataset", "digits", "--steps", 200)
 
 
 @pytest.fixture(scope="module")
