@@ -5,8 +5,8 @@ python compare.py --arms true unet:38k unet:150k --budget seconds --amount 600 -
 
 Every arm sees the same images, timesteps and noise, has the same batch size, precision, averaging of weights and
 prediction type, and the peak learning rate that is best for it in the same sweep. Seconds are images over the speed
-that was measured for each arm, in turn, before anything trained (costs.csv): a machine that is busy later changes
-nothing. The same command goes on where an interrupted one stopped, and one with more arms or seeds adds to what
+that was measured for each arm, in turn, before anything trained (costs.csv): a machine that is busy later, or another
+one, changes nothing. The same command goes on where an interrupted one stopped, and one with more arms or seeds adds to what
 costs.csv, comparison.csv, sweep.csv and curves.csv hold.
 """
 
@@ -172,19 +172,19 @@ def arm_config(s: argparse.Namespace, arm: str) -> TrainConfig:
 def arm_costs(s: argparse.Namespace, data: ImageData, folder: Path) -> dict[str, Cost]:
     """What each arm costs, those of earlier commands among them: read from costs.csv, or measured now and kept there.
 
-    On another machine all are measured again, save for a budget of seconds, which are one machine's own: that raises
-    UserError.
+    costs.csv says whose seconds they are; the trainings may run elsewhere. An arm that it lacks, on another machine,
+    makes all be measured again, save for a budget of seconds, which are one machine's own: that raises UserError.
     """
     device, path = choose_device(s.device), folder / "costs.csv"
     here, costs = machine_name(device), {cost.arm: cost for cost in read_rows(Cost, path)}
+    earlier = [row.arm for name in ("sweep.csv", "comparison.csv") for row in read_rows(Result, folder / name)]
+    arms = dict.fromkeys(s.arms + earlier)
+    if all(arm in costs for arm in arms):
+        return costs
     elsewhere = {cost.machine for cost in costs.values()} - {here}
     if elsewhere and s.budget == "seconds":
         raise UserError(f"{path}: its seconds are those of {elsewhere.pop()}, this is {here}; use another --output-dir")
-    earlier = [row.arm for name in ("sweep.csv", "comparison.csv") for row in read_rows(Result, folder / name)]
-    arms = dict.fromkeys(s.arms + earlier)
     missing = {arm: arm_config(s, arm) for arm in arms if elsewhere or arm not in costs}
-    if not missing:
-        return costs
     print(f"measuring the speed of {', '.join(missing)}; leave the machine alone meanwhile", flush=True)
     with failures_named(folder, Processes(device), f"--batch-size {max(1, s.batch_size // 2)}"):
         rates = training_rates(missing, data, device)
