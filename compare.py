@@ -6,8 +6,8 @@ python compare.py --arms true unet:38k unet:150k --budget seconds --amount 600 -
 Every arm sees the same images, timesteps and noise, has the same batch size, precision, averaging of weights and
 prediction type, and the peak learning rate that is best for it in the same sweep. Seconds are images over the speed
 that was measured for each arm, in turn, before anything trained (costs.csv): a machine that is busy later, or another
-one, changes nothing. The same command goes on where an interrupted one stopped, and one with more arms or seeds adds to what
-costs.csv, comparison.csv, sweep.csv and curves.csv hold.
+one, changes nothing. The same command goes on where an interrupted one stopped, and one with more arms or seeds adds
+to what costs.csv, comparison.csv, sweep.csv and curves.csv hold.
 """
 
 import interrupted_import  # noqa: F401  # isort: skip
