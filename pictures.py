@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from checkpoint import atomic_path
 from errors import RunFailed
 
+GAP, CAPTION = 16, 28  # pixels between two grids, and above them for their names
 SMALLEST_SIDE = 64  # an image of a grid is enlarged to about this many pixels, so that a person sees it
 
 
@@ -31,16 +32,33 @@ def grid_image(images: Tensor, columns: int | None = None) -> Image.Image:
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
-def save_grid(images: Tensor, path: Path) -> None:
-    """Write a grid of images (N, C, H, W) in [-1, 1] as PNG."""
-    picture = grid_image(images)
+def grids_beside(grids: dict[str, Tensor]) -> Image.Image:
+    """Grids of images (N, C, H, W) in [-1, 1] side by side, each under its name; one alone has no name."""
+    pictures = [grid_image(images) for images in grids.values()]
+    if len(pictures) == 1:
+        return pictures[0]
+    widths = [picture.width for picture in pictures]
+    whole = Image.new(
+        "RGB", (sum(widths) + GAP * (len(widths) - 1), CAPTION + max(p.height for p in pictures)), "white"
+    )
+    text, left = ImageDraw.Draw(whole), 0
+    for name, picture in zip(grids, pictures, strict=True):
+        text.text((left + picture.width // 2, CAPTION // 2), name, "black", anchor="mm", font_size=16)
+        whole.paste(picture, (left, CAPTION))
+        left += picture.width + GAP
+    return whole
+
+
+def save_grid(images: Tensor | dict[str, Tensor], path: Path) -> None:
+    """Write a grid of images (N, C, H, W) in [-1, 1], or named ones side by side, as PNG."""
+    picture = grids_beside(images) if isinstance(images, dict) else grid_image(images)
     with atomic_path(path) as temporary:
         picture.save(temporary, "PNG")
 
 
-def save_gif(frames: Sequence[Tensor], path: Path) -> None:
-    """Write an animation of grids, each frame (N, C, H, W) in [-1, 1]; the last one stays for two seconds."""
-    pictures = [grid_image(frame) for frame in frames]
+def save_gif(frames: Sequence[dict[str, Tensor]], path: Path) -> None:
+    """Write an animation of grids, each frame as for `grids_beside`; the last one stays for two seconds."""
+    pictures = [grids_beside(frame) for frame in frames]
     durations = [80] * (len(pictures) - 1) + [2000]
     with atomic_path(path) as temporary:
         pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)

@@ -1,14 +1,17 @@
-"""Draw images from a trained model into one PNG, and their denoising into a GIF.
+"""Draw images from trained models into one PNG, their denoising into a GIF, and a liquid model's time constants.
 
 python sample.py                                                 # from the published weights
 python sample.py --checkpoint runs/00003-true-cifar10 --num-images 64 --steps 50
 python sample.py --checkpoint RUN --classes horse,ship --guidance 2
+python sample.py --checkpoint TRUE_RUN INSPIRED_RUN --gif beside.gif     # side by side, from the same noise
+python sample.py --tau-maps tau.png                                      # where the liquid takes its time
 """
 
 import interrupted_import  # noqa: F401  # isort: skip
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,17 +26,34 @@ from hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_na
 from liquid_diffusion import SOLVERS, TrueLiquidDiffusionModel
 from models import load_model
 from pictures import save_gif, save_grid
+from tau_maps import record, save_tau_maps
 
+SHOWN = 3  # images in the maps of time constants
 PUBLISHED = Path(__file__).parent / "pretrained" / "true-cifar10.safetensors"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A model to draw from, its scheduler, and the config that its file names."""
+
+    model: nn.Module
+    scheduler: DDPMScheduler
+    config: dict
 
 
 def parser() -> Parser:
     """All flags."""
-    p = Parser(prog="sample.py", description="Draw images from a trained model.")
-    p.add_argument("--checkpoint", default=str(PUBLISHED), help="a run folder or a model.safetensors")
+    p = Parser(prog="sample.py", description="Draw images from trained models.")
+    p.add_argument(
+        "--checkpoint", nargs="+", default=[str(PUBLISHED)], metavar="RUN",
+        help="a run folder or a model.safetensors; several are drawn side by side, from the same noise",
+    )  # fmt: skip
     p.add_argument("--num-images", type=integer(1, 10**6), default=64, help="how many to draw")
     p.add_argument("--output", default="samples.png", metavar="PNG", help="the grid")
     p.add_argument("--gif", metavar="GIF", help="an animation of the denoising")
+    p.add_argument(
+        "--tau-maps", metavar="PNG", help="the time constants of a true liquid model while it draws the first images"
+    )
     p.add_argument("--sampler", choices=SAMPLERS, default="dpmpp", help="how to go from noise to image")
     p.add_argument(
         "--steps", type=integer(1), help="network calls an image (default: 50, or all timesteps of a model with fewer)"
@@ -73,57 +93,88 @@ def main() -> None:
     device = choose_device(args.device)
     if "checkpoint" not in given and not PUBLISHED.exists():
         raise UserError("--checkpoint: name a run folder; there are no published weights beside sample.py")
-    model, scheduler, config = load_model(Path(args.checkpoint))
-    args.steps = args.steps or min(50, scheduler.num_timesteps)
-    if args.steps > scheduler.num_timesteps:
-        raise UserError(f"--steps: must be at most the model's {scheduler.num_timesteps} timesteps, got {args.steps}")
-    if args.solver or args.ode_steps:
-        if not isinstance(model, TrueLiquidDiffusionModel):
-            raise UserError(
-                f"--solver and --ode-steps: only a true liquid model has an ODE, this one is {config['model']}"
-            )
-        model.set_solver(args.solver, args.ode_steps)
-    labels = chosen_labels(args.classes, config["classes"], model.num_classes, args.num_images)
-    if args.guidance != 1 and labels is None:
+    drawn = load_all(args.checkpoint)
+    timesteps = min(one.scheduler.num_timesteps for one in drawn.values())
+    args.steps = args.steps or min(50, timesteps)
+    if args.steps > timesteps:
+        raise UserError(f"--steps: must be at most the model's {timesteps} timesteps, got {args.steps}")
+    liquid = {name: one for name, one in drawn.items() if isinstance(one.model, TrueLiquidDiffusionModel)}
+    for flag, wanted in (("--solver", args.solver), ("--ode-steps", args.ode_steps), ("--tau-maps", args.tau_maps)):
+        if wanted and not liquid:
+            raise UserError(f"{flag}: only a true liquid model has an ODE, this one is {', '.join(drawn)}")
+    for one in liquid.values():
+        one.model.set_solver(args.solver, args.ode_steps)
+    labels = {
+        name: chosen_labels(args.classes, one.config["classes"], one.model.num_classes, args.num_images)
+        for name, one in drawn.items()
+    }
+    if args.guidance != 1 and None in labels.values():
         raise UserError("--guidance: this model was trained without --class-conditional")
     output = picture_path("--output", args.output, ".png")
     gif = picture_path("--gif", args.gif, ".gif") if args.gif else None
-    model.to(device, memory_format=torch.channels_last)
+    maps = picture_path("--tau-maps", args.tau_maps, ".png") if args.tau_maps else None
+    for one in drawn.values():
+        one.model.to(device, memory_format=torch.channels_last)
 
     with out_of_memory_named(min(args.batch_size, args.num_images), "a smaller model"):
-        images, frames = draw(args, model, scheduler, config["shape"], labels)
+        images, frames = draw(args, drawn, labels)
         write(output, lambda: save_grid(images, output))
         if gif is not None:
             write(gif, lambda: save_gif(frames, gif))
+        if maps is not None:
+            name, one = next(iter(liquid.items()))
+            options = sampling_options(args) | {"labels": labels[name]}
+            found = record(one.model, one.scheduler, one.config["shape"], min(args.num_images, SHOWN), **options)
+            write(maps, lambda: save_tau_maps(found, maps))
+
+
+def load_all(checkpoints: list[str]) -> dict[str, Drawn]:
+    """The models by name; where two are of one kind, by their files' names. Raises UserError if their images differ."""
+    loaded = [Drawn(*load_model(Path(checkpoint))) for checkpoint in checkpoints]
+    names = [one.config["model"] for one in loaded]
+    if len(set(names)) < len(names):
+        names = checkpoints
+    if len(set(names)) < len(names):
+        raise UserError(f"--checkpoint: {', '.join(checkpoints)}: the same one twice")
+    for checkpoint, one in zip(checkpoints, loaded, strict=True):
+        if one.config["shape"] != loaded[0].config["shape"]:
+            shapes = "x".join(map(str, one.config["shape"])), "x".join(map(str, loaded[0].config["shape"]))
+            raise UserError(f"--checkpoint: {checkpoint} draws {shapes[0]}, {checkpoints[0]} {shapes[1]}")
+    return dict(zip(names, loaded, strict=True))
+
+
+def sampling_options(args: argparse.Namespace) -> dict:
+    """What the flags say of how to go from noise to image, as `sample_images` takes it."""
+    return {name: getattr(args, name) for name in ("sampler", "steps", "eta", "seed", "guidance")}
 
 
 def draw(
-    args: argparse.Namespace, model: nn.Module, scheduler: DDPMScheduler, shape: list[int], labels: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """(images, frames): what was drawn, and, if a GIF is wanted, each step's x_0; all (N, C, H, W)."""
-    frames: list[list[Tensor]] = [[] for _ in range(args.steps)]  # by step, the batches' x_0
-    with tqdm(total=args.num_images * args.steps, unit="call", unit_scale=True, mininterval=0.5) as bar:
+    args: argparse.Namespace, drawn: dict[str, Drawn], labels: dict[str, Tensor | None]
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """(images, frames): what each model drew, and, if a GIF is wanted, each step's x_0; all (N, C, H, W)."""
+    x_0: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(args.steps)] for name in drawn}  # by step, batches
+    images = {}
+    total = args.num_images * args.steps * len(drawn)
+    with tqdm(total=total, unit="call", unit_scale=True, mininterval=0.5) as bar:
+        for name, one in drawn.items():
 
-        def on_step(step: int, x_0: Tensor) -> None:
-            if args.gif:
-                frames[step].append(x_0.cpu())
-            bar.update(len(x_0))
+            def on_step(step: int, predicted: Tensor, name: str = name) -> None:
+                if args.gif:
+                    x_0[name][step].append(predicted.cpu())
+                bar.update(len(predicted))
 
-        images = sample_images(
-            model,
-            scheduler,
-            shape,
-            args.num_images,
-            sampler=args.sampler,
-            steps=args.steps,
-            eta=args.eta,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            labels=labels,
-            guidance=args.guidance,
-            on_step=on_step,
-        )
-    return images, [torch.cat(batches) for batches in frames] if args.gif else []
+            images[name] = sample_images(
+                one.model,
+                one.scheduler,
+                one.config["shape"],
+                args.num_images,
+                batch_size=args.batch_size,
+                labels=labels[name],
+                on_step=on_step,
+                **sampling_options(args),
+            )
+    steps = range(args.steps if args.gif else 0)
+    return images, [{name: torch.cat(x_0[name][step]) for name in drawn} for step in steps]
 
 
 def chosen_labels(classes: str | None, names: list[str], num_classes: int, num_images: int) -> Tensor | None:

@@ -30,7 +30,7 @@ def test_images_that_are_not_finite_are_not_drawn(tmp_path):
 
 
 def test_an_animation_has_its_frames(tmp_path):
-    frames = [torch.full((4, 3, 8, 8), value) for value in (-1.0, 0.0, 1.0)]
+    frames = [{"true": torch.full((4, 3, 8, 8), value)} for value in (-1.0, 0.0, 1.0)]
     save_gif(frames, tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 3
@@ -39,6 +39,18 @@ def test_an_animation_has_its_frames(tmp_path):
             gif.seek(i)
             centres.append(gif.convert("L").getpixel((40, 40)))
     assert centres == pytest.approx([0, 128, 255], abs=3)
+
+
+def test_named_grids_stand_side_by_side_under_their_names(tmp_path):
+    dark, bright = torch.full((4, 3, 8, 8), -1.0), torch.full((4, 3, 8, 8), 1.0)
+    save_grid({"true": dark, "inspired": bright}, tmp_path / "both.png")
+    save_grid(dark, tmp_path / "one.png")
+    both, one = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("both.png", "one.png"))
+    height, width, _ = one.shape
+    caption, pixels = both[:-height], both[-height:]
+    assert np.array_equal(pixels[:, :width], one)
+    assert pixels[:, -width:].min() == 255
+    assert caption[:, :width].min() < 100 and caption[:, -width:].min() < 100  # something is written above each
 
 
 def test_curves_take_gaps_in_the_held_out_column(tmp_path):

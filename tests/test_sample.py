@@ -212,7 +212,28 @@ def test_an_unknown_class_is_refused_with_those_there_are(class_run):
     assert "--classes" in line_of_refusal("--checkpoint", class_run, "--classes", "")
 
 
-@pytest.mark.parametrize("options", [["--ode-steps", 1, 1, 1], ["--solver", "rk4"]])
+def test_models_side_by_side_start_from_the_same_noise(digits_run, inspired_run, tmp_path):
+    """Each half of the picture and of the last frame is what the model draws alone."""
+    alone = [draw(run, tmp_path) for run in (digits_run, inspired_run)]
+    code, out, err = call(
+        sample, "--checkpoint", digits_run, inspired_run, "--num-images", 4, "--steps", 4, "--device", "cpu",
+        "--output", tmp_path / "both.png", "--gif", tmp_path / "both.gif",
+    )  # fmt: skip
+    assert code == 0 and out.splitlines() == [str(tmp_path / "both.png"), str(tmp_path / "both.gif")], err
+    both = np.asarray(Image.open(tmp_path / "both.png"))
+    height, width, _ = alone[0].shape
+    assert np.array_equal(both[-height:, :width], alone[0]) and np.array_equal(both[-height:, -width:], alone[1])
+    with Image.open(tmp_path / "both.gif") as gif:
+        assert gif.n_frames == 4 and gif.size == (both.shape[1], both.shape[0])
+
+
+def test_models_that_do_not_draw_the_same_images_are_refused(digits_run, class_run):
+    line = line_of_refusal("--checkpoint", digits_run, class_run)
+    assert "--checkpoint" in line and "1x8x8" in line and "3x8x8" in line
+    assert "twice" in line_of_refusal("--checkpoint", digits_run, digits_run)
+
+
+@pytest.mark.parametrize("options", [["--ode-steps", 1, 1, 1], ["--solver", "rk4"], ["--tau-maps", "tau.png"]])
 def test_a_model_without_an_ode_refuses_ode_options(options, inspired_run):
     line = line_of_refusal("--checkpoint", inspired_run, *options)
     assert options[0] in line and "inspired" in line
