@@ -16,7 +16,7 @@ import benchmark_peers as peers
 import conv_floor
 from benchmark_processes import one_against_two, peak_memory, sampling_command, synthetic_images
 from diffusion import DDPMScheduler, sample_images
-from hardware import Processes, has_bf16, is_compiler_failure, is_out_of_memory
+from hardware import Processes, compiled, has_bf16, is_compiler_failure, is_out_of_memory
 from models import ARMS, build_model, count_parameters, multiply_adds
 from speed import in_turn, train_step
 from train_config import TrainConfig
@@ -130,7 +130,7 @@ def measure_sampling(bench: Bench) -> dict:
     networks = {}
     for arm in (*SMALL, LARGE):
         model = build_model(ARMS[arm][0], **ARMS[arm][1]).to(bench.device, memory_format=torch.channels_last).eval()
-        networks |= {(arm, v): torch.compile(model) if v.compile else model for v in bench.variants}
+        networks |= {(arm, v): compiled(model) if v.compile else model for v in bench.variants}
 
     def sampling(arm: str, variant: Variant, steps: int) -> Callable[[], None]:
         def draw() -> None:
@@ -168,7 +168,7 @@ def measure_peers(bench: Bench) -> dict:
         pixels = (peers.as_pixels(inputs[0], kind),)
         cells[f"ncps {kind}"] = peers.PixelCell(kind, width, units, ours.num_steps).to(bench.device), pixels
     calls = {
-        (name, v): peers.forward_backward(torch.compile(cell) if v.compile else cell, x, v.precision)
+        (name, v): peers.forward_backward(compiled(cell) if v.compile else cell, x, v.precision)
         for name, (cell, x) in cells.items()
         for v in bench.variants
     }

@@ -1,6 +1,5 @@
 """How a run computes: precision and compilation, chosen by timing the run's own step on this machine."""
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from diffusion import DDPMScheduler
-from hardware import Processes, has_bf16, is_compiler_failure, synchronize
+from hardware import Processes, compiled, has_bf16, is_compiler_failure, synchronize
 from image_data import ImageData, training_batch
 from train_config import TrainConfig
 from train_state import TrainState
@@ -31,8 +30,8 @@ def faster(
     if "auto" not in (config.precision, config.compile):
         return config
     if not here.is_main:
-        bf16, compiled = here.agree(0, 0)
-        return replace(config, precision="bf16" if bf16 else "fp32", compile="on" if compiled else "off")
+        bf16, compiles = here.agree(0, 0)
+        return replace(config, precision="bf16" if bf16 else "fp32", compile="on" if compiles else "off")
     size = config.batch_size // here.world_size
     batch = training_batch(data, seed=0, number=0, batch_size=size, num_timesteps=config.timesteps, device=here.device)
 
@@ -50,9 +49,8 @@ def faster(
         rest = (total - state.step) * seconds[precision] if total else 60 * config.minutes - state.seconds
         if rest >= LONG_RUN and here.device.type != "mps":
             print("compiling the network, to see whether that is faster: about half a minute", flush=True)
-            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA where none is
             try:
-                both = {"off": timed(network, precision), "on": timed(torch.compile(network), precision)}
+                both = {"off": timed(network, precision), "on": timed(compiled(network), precision)}
                 compile_ = worthwhile(best_seconds(both, here.device), "off")
             except RuntimeError as error:
                 if not is_compiler_failure(error):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from errors import RunFailed, UserError
 
@@ -129,6 +130,12 @@ def out_of_memory_named(batch_size: int, otherwise: str) -> Iterator[None]:
 def is_lost_process(error: RuntimeError) -> bool:
     """Whether a collective raised this because another process of the group is gone."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo raises nothing of its own
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """`torch.compile` of the network, without its remarks that this machine has no CUDA."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    return torch.compile(network)
 
 
 def is_compiler_failure(error: RuntimeError) -> bool:

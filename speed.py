@@ -17,7 +17,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion import DDPMScheduler
-from hardware import Processes
+from hardware import Processes, compiled
 from image_data import ImageData
 from train_config import TrainConfig
 from train_state import TrainState, untrained
@@ -66,7 +66,7 @@ def train_step(
     config: TrainConfig, data: ImageData, here: Processes, scheduler: DDPMScheduler, state: TrainState
 ) -> Callable[[], None]:
     """A function that trains `state` by one step, as the training loop does, and returns when that is done."""
-    network = torch.compile(state.model) if config.compile == "on" else state.model
+    network = compiled(state.model) if config.compile == "on" else state.model
     if here.world_size > 1:
         network = DistributedDataParallel(network)
 

@@ -26,6 +26,7 @@ from errors import RunFailed, UserError
 from fastest import faster
 from hardware import (
     Processes,
+    compiled,
     is_compiler_failure,
     is_lost_process,
     is_out_of_memory,
@@ -140,7 +141,7 @@ def loop(
 
     The run's seconds are those of training: the clock stands still while the run measures, draws and saves.
     """
-    network = torch.compile(state.model) if config.compile == "on" else state.model
+    network = compiled(state.model) if config.compile == "on" else state.model
     if here.world_size > 1:
         network = DistributedDataParallel(network)
     bank = held_out_bank(data, config.timesteps)

@@ -1,0 +1,87 @@
+"""Quality against ODE work: the same weights, their ODE solved with other solvers and steps than in training.
+
+    points = ode_work(model, scheduler, bank)
+    save_ode_work(points, path)
+
+The computation of a liquid model can be chosen after training; how well it takes that is measured here.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkpoint import atomic_path
+from diffusion import DDPMScheduler
+from image_data import Batch
+from liquid_diffusion import ODEINT_SOLVERS, STEP_SHARE, TrueLiquidDiffusionModel
+from validation import held_out_loss
+
+SHARES = (0.5, 1, 2, 4)  # of the trained numbers of steps; a share of a step is rounded up
+ADAPTIVE = "dopri5"  # chooses its own steps
+
+
+def ode_work(
+    model: TrueLiquidDiffusionModel,
+    scheduler: DDPMScheduler,
+    bank: Batch,
+    on_images: Callable[[int], object] = lambda count: None,
+) -> list[dict]:
+    """For every solver and share of the steps: what the network calls cost, and the held-out eps-MSE.
+
+    Multiply-adds are counted while the bank is measured, for one forward pass of one image. on_images(count) is called
+    with the images measured since. The model's own solver and steps are set again at the end.
+    """
+    cells = list(model.processor.cells.values())
+    solver, steps = cells[0].solver, [cell.num_steps for cell in cells]
+    points = []
+    try:
+        for name in (*STEP_SHARE, *ODEINT_SOLVERS):
+            for share in (1,) if name == ADAPTIVE else SHARES:
+                chosen = [math.ceil(share * count) for count in steps]
+                model.set_solver(name, chosen)
+                with FlopCounterMode(display=False) as counter:
+                    loss = held_out_loss(model, scheduler, bank)
+                work = counter.get_total_flops() // 2 // len(bank.t)
+                points.append(
+                    {
+                        "solver": name,
+                        "ode_steps": None if name == ADAPTIVE else chosen,
+                        "as_trained": (name, chosen) == (solver, steps),
+                        "multiply_adds": work,
+                        "value": loss,
+                    }
+                )
+                on_images(len(bank.t))
+    finally:
+        model.set_solver(solver, steps)
+    return points
+
+
+def num_points() -> int:
+    """How many times `ode_work` measures the bank."""
+    solvers = len(STEP_SHARE) + len(ODEINT_SOLVERS)
+    return (solvers - 1) * len(SHARES) + 1
+
+
+def save_ode_work(points: Sequence[dict], path: Path) -> None:
+    """Draw held-out eps-MSE against multiply-adds, a line a solver, as PNG; the trained way is marked."""
+    from matplotlib.figure import Figure  # no pyplot: it would look for a display
+
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    for solver in dict.fromkeys(point["solver"] for point in points):
+        line = [(p["multiply_adds"] / 1e6, p["value"]) for p in points if p["solver"] == solver]
+        axes.plot(*zip(*line, strict=True), "o-", label=solver, linewidth=1, markersize=4)
+    trained = next((p for p in points if p["as_trained"]), None)
+    if trained is not None:
+        own = trained["value"]
+        axes.plot(trained["multiply_adds"] / 1e6, own, "*", color="black", markersize=12, label="as trained")
+        axes.axhspan(0.99 * own, 1.01 * own, color="black", alpha=0.1, label="within 1 %", linewidth=0)
+        axes.set_ylim(0.97 * own, 1.3 * own)  # what is far off lies above
+    axes.set(xlabel="multiply-adds of a network call, millions", ylabel="held-out eps-MSE", xscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
