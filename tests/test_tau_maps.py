@@ -25,12 +25,11 @@ def test_the_maps_are_the_time_constants_that_the_state_decays_with():
     network, decays = model(solver="exponential", ode_steps=(1, 1, 1)), []
     for cell in network.processor.cells.values():
         cell.activation = torch.zeros_like
-    cell = network.processor.cells["detail"]
-    cell.register_forward_hook(
-        lambda cell, inputs, _: decays.append(
-            cell.integrate(h := torch.ones(2, 8, 16, 16), *cell.drive_and_tau(*inputs[:2])) / h
-        )
-    )
+
+    def decay_of_ones(cell, inputs, _):
+        decays.append(cell.integrate(torch.ones(2, 8, 16, 16), *cell.drive_and_tau(*inputs[:2])))
+
+    network.processor.cells["detail"].register_forward_hook(decay_of_ones)
     maps = record(network, SCHEDULER, (3, 16, 16), 2, steps=5)
     assert len(maps.x_0) == len(maps.noise) == len(maps.tau["detail"]) == 5
     for decay, tau in zip(decays, maps.tau["detail"], strict=True):
