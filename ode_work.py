@@ -68,6 +68,7 @@ def num_points() -> int:
 def save_ode_work(points: Sequence[dict], path: Path) -> None:
     """Draw held-out eps-MSE against multiply-adds, a line a solver, as PNG; the trained way is marked."""
     from matplotlib.figure import Figure  # no pyplot: it would look for a display
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.add_subplot()
@@ -81,6 +82,9 @@ def save_ode_work(points: Sequence[dict], path: Path) -> None:
         axes.axhspan(0.99 * own, 1.01 * own, color="black", alpha=0.1, label="within 1 %", linewidth=0)
         axes.set_ylim(0.97 * own, 1.3 * own)  # what is far off lies above
     axes.set(xlabel="multiply-adds of a network call, millions", ylabel="held-out eps-MSE", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     with atomic_path(path) as temporary:
