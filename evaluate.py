@@ -18,20 +18,17 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
 from checkpoint import CONFIG_FILE, MODEL_FILE, check_writable, read_config, save_json
 from command_line import Parser, integer, run
-from diffusion import SAMPLERS, DDPMScheduler
+from diffusion import SAMPLERS
 from errors import RunFailed, UserError
-from evaluation import SHOWN, Report, evaluate, subject, table
+from evaluation import SHOWN, Report, by_solver, evaluate, subject, table
 from hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_named
 from image_data import DATASETS, ImageData, held_out_bank, load_images
 from inception_distances import MissingWeights, inception_weights, require_torch_fidelity
-from liquid_diffusion import TrueLiquidDiffusionModel
 from models import load_model
-from ode_work import num_points, ode_work, save_ode_work
+from ode_work import require_ode, save_ode_work
 from pictures import save_grid
 
 
@@ -72,8 +69,8 @@ def main() -> None:
     checkpoint = Path(args.checkpoint)
     weights = checkpoint / MODEL_FILE if checkpoint.is_dir() else checkpoint
     model, scheduler, config = load_model(checkpoint)
-    if args.ode_work and not isinstance(model, TrueLiquidDiffusionModel):
-        raise UserError(f"--ode-work: only a true liquid model has an ODE, this one is {config['model']}")
+    if args.ode_work:
+        require_ode(model, config["model"])
     args.steps = args.steps or min(50, scheduler.num_timesteps)
     if args.steps > scheduler.num_timesteps:
         raise UserError(f"--steps: must be at most the model's {scheduler.num_timesteps} timesteps, got {args.steps}")
@@ -101,7 +98,7 @@ def main() -> None:
                 inception=inception,
             )
             if args.ode_work:
-                figures["ode_work"] = by_solver(model, scheduler, data)
+                figures["ode_work"] = by_solver(model, scheduler, held_out_bank(data, scheduler.num_timesteps))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written") from None
     figures["nearest_training_images"]["picture"] = picture.name
@@ -125,20 +122,6 @@ def main() -> None:
     except OSError as error:
         raise RunFailed(f"cannot write {error.filename or output} ({error.strerror})") from error
     print(*pictures, output, sep="\n")
-
-
-def by_solver(model: nn.Module, scheduler: DDPMScheduler, data: ImageData) -> dict:
-    """The held-out eps-MSE with every ODE solver, as a part of the report."""
-    bank = held_out_bank(data, scheduler.num_timesteps)
-    total = num_points() * len(bank.t)
-    with tqdm(desc="ODE solvers", total=total, unit="call", mininterval=0.5) as bar:
-        points = ode_work(model, scheduler, bank, on_images=bar.update)
-    return {
-        "points": points,
-        "unit": "mean squared error of the predicted eps, a value; multiply-adds of a network call of one image",
-        "n": len(bank.t),
-        "split": "held out",
-    }
 
 
 def folder_of_run(checkpoint: Path) -> Path | None:

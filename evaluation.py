@@ -24,6 +24,7 @@ from inception_distances import inception_distances
 from likelihood import NUM_STRATA, timestep_strata, variational_bound
 from models import count_parameters, multiply_adds
 from neighbours import comparison, nearest
+from ode_work import num_points, ode_work
 from sliced_wasserstein import DIRECTIONS, PATCH, PATCHES, num_blocks, pyramid_levels, sliced_wasserstein
 from validation import held_out_loss
 
@@ -126,6 +127,19 @@ def eps_mse(model: nn.Module, scheduler: DDPMScheduler, bank: Batch) -> Report:
         "split": "held out",
         "bank": "frozen: the same images, t and eps for every model and seed",
         "bins": parts,
+    }
+
+
+def by_solver(model: nn.Module, scheduler: DDPMScheduler, bank: Batch) -> Report:
+    """The held-out eps-MSE with every ODE solver, as a part of the report."""
+    total = num_points() * len(bank.t)
+    with tqdm(desc="ODE solvers", total=total, unit="call", mininterval=0.5) as bar:
+        points = ode_work(model, scheduler, bank, on_images=bar.update)
+    return {
+        "points": points,
+        "unit": "mean squared error of the predicted eps, a value; multiply-adds of a network call of one image",
+        "n": len(bank.t),
+        "split": "held out",
     }
 
 
@@ -323,6 +337,10 @@ def table(report: Report) -> str:
     scale = near["held_out"]
     note = f"median distance in 8-bit levels; held-out images: {scale['value']:.1f}"
     row("nearest training image", number(near, 1), near, note)
+    for point in report.get("ode_work", {"points": []})["points"]:
+        steps = "its own" if point["ode_steps"] is None else "/".join(map(str, point["ode_steps"]))
+        note = f"eps-MSE, {point['multiply_adds'] / 1e6:,.1f} M multiply-adds" + ", as trained" * point["as_trained"]
+        row(f"  {point['solver']} {steps}", number(point, 5), report["ode_work"], note)
     row("sampling", number(speed, 1), speed, f"images/s, {speed['sampler']}, {speed['steps']} network calls an image")
     widths = [max(len(cells[i]) for cells in rows) for i in range(3)]
     return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows)

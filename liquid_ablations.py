@@ -80,6 +80,13 @@ class UntiedCell(RealLiquidCell):
         for step in self.recurrent:
             nn.init.orthogonal_(step.weight, gain=0.8)
 
+    def set_solver(self, solver: str, num_steps: int) -> None:
+        if "recurrent" in self._modules and (solver, num_steps) != (self.solver, self.num_steps):
+            raise UserError(
+                "solver: an untied model has weights of its own for each step, and no ODE to solve otherwise"
+            )
+        super().set_solver(solver, num_steps)
+
     def forward(self, x: Tensor, embedding: Tensor, h: Tensor | None = None) -> Tensor:
         if h is not None:
             raise UserError("state: an untied model starts each call from zeros")
@@ -98,7 +105,10 @@ class UntiedProcessor(SpatialLiquidProcessor):
 
 
 class UntiedLiquid(TrueLiquidDiffusionModel):
-    """No weight tying: a plain residual network with gates, narrower to be of the same size."""
+    """No weight tying: a plain residual network with gates, narrower to be of the same size.
+
+    Its steps are layers: `set_solver` raises UserError for another number of them or another scheme.
+    """
 
     processor_type = UntiedProcessor
 

@@ -10,16 +10,36 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import atomic_path
 from diffusion import DDPMScheduler
+from errors import UserError
 from image_data import Batch
 from liquid_diffusion import ODEINT_SOLVERS, STEP_SHARE, TrueLiquidDiffusionModel
 from validation import held_out_loss
 
 SHARES = (0.5, 1, 2, 4)  # of the trained numbers of steps; a share of a step is rounded up
 ADAPTIVE = "dopri5"  # chooses its own steps
+
+
+def require_ode(model: nn.Module, name: str) -> None:
+    """Raises UserError, with the model's name, if it has no ODE that could be solved otherwise."""
+    if not isinstance(model, TrueLiquidDiffusionModel):
+        raise UserError(f"--ode-work: only a true liquid model has an ODE, this one is {name}")
+    own = next(iter(model.processor.cells.values())).solver
+    model.set_solver(ADAPTIVE)
+    model.set_solver(own)
+
+
+def ways(steps: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """Every solver with each share of the trained steps; one that chooses its own steps stands once."""
+    return [
+        (solver, [math.ceil(share * count) for count in steps])
+        for solver in (*STEP_SHARE, *ODEINT_SOLVERS)
+        for share in ((1,) if solver == ADAPTIVE else SHARES)
+    ]
 
 
 def ode_work(
@@ -30,30 +50,28 @@ def ode_work(
 ) -> list[dict]:
     """For every solver and share of the steps: what the network calls cost, and the held-out eps-MSE.
 
-    Multiply-adds are counted while the bank is measured, for one forward pass of one image. on_images(count) is called
-    with the images measured since. The model's own solver and steps are set again at the end.
+    Multiply-adds are counted while the bank is measured, since an adaptive solver's depend on the images; they are of
+    one image, the earlier calls of a model that carries its state among them. on_images(count) is called with the
+    images measured since. The model's own solver and steps are set again at the end.
     """
     cells = list(model.processor.cells.values())
     solver, steps = cells[0].solver, [cell.num_steps for cell in cells]
     points = []
     try:
-        for name in (*STEP_SHARE, *ODEINT_SOLVERS):
-            for share in (1,) if name == ADAPTIVE else SHARES:
-                chosen = [math.ceil(share * count) for count in steps]
-                model.set_solver(name, chosen)
-                with FlopCounterMode(display=False) as counter:
-                    loss = held_out_loss(model, scheduler, bank)
-                work = counter.get_total_flops() // 2 // len(bank.t)
-                points.append(
-                    {
-                        "solver": name,
-                        "ode_steps": None if name == ADAPTIVE else chosen,
-                        "as_trained": (name, chosen) == (solver, steps),
-                        "multiply_adds": work,
-                        "value": loss,
-                    }
-                )
-                on_images(len(bank.t))
+        for name, chosen in ways(steps):
+            model.set_solver(name, chosen)
+            with FlopCounterMode(display=False) as counter:
+                loss = held_out_loss(model, scheduler, bank)
+            points.append(
+                {
+                    "solver": name,
+                    "ode_steps": None if name == ADAPTIVE else chosen,
+                    "as_trained": (name, chosen) == (solver, steps),
+                    "multiply_adds": counter.get_total_flops() // 2 // len(bank.t),
+                    "value": loss,
+                }
+            )
+            on_images(len(bank.t))
     finally:
         model.set_solver(solver, steps)
     return points
@@ -61,8 +79,7 @@ def ode_work(
 
 def num_points() -> int:
     """How many times `ode_work` measures the bank."""
-    solvers = len(STEP_SHARE) + len(ODEINT_SOLVERS)
-    return (solvers - 1) * len(SHARES) + 1
+    return len(ways((1, 1, 1)))
 
 
 def save_ode_work(points: Sequence[dict], path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -37,15 +37,15 @@ def grids_beside(grids: dict[str, Tensor]) -> Image.Image:
     pictures = [grid_image(images) for images in grids.values()]
     if len(pictures) == 1:
         return pictures[0]
-    widths = [picture.width for picture in pictures]
-    whole = Image.new(
-        "RGB", (sum(widths) + GAP * (len(widths) - 1), CAPTION + max(p.height for p in pictures)), "white"
-    )
+    font = ImageFont.load_default(16)
+    widths = [max(p.width, math.ceil(font.getlength(name))) for name, p in zip(grids, pictures, strict=True)]
+    height = CAPTION + max(picture.height for picture in pictures)
+    whole = Image.new("RGB", (sum(widths) + GAP * (len(widths) - 1), height), "white")
     text, left = ImageDraw.Draw(whole), 0
-    for name, picture in zip(grids, pictures, strict=True):
-        text.text((left + picture.width // 2, CAPTION // 2), name, "black", anchor="mm", font_size=16)
+    for name, picture, width in zip(grids, pictures, widths, strict=True):
+        text.text((left + width // 2, CAPTION // 2), name, "black", anchor="mm", font=font)
         whole.paste(picture, (left, CAPTION))
-        left += picture.width + GAP
+        left += width + GAP
     return whole
 
 

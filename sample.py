@@ -52,7 +52,7 @@ def parser() -> Parser:
     p.add_argument("--output", default="samples.png", metavar="PNG", help="the grid")
     p.add_argument("--gif", metavar="GIF", help="an animation of the denoising")
     p.add_argument(
-        "--tau-maps", metavar="PNG", help="the time constants of a true liquid model while it draws the first images"
+        "--tau-maps", metavar="PNG", help="the time constants of the (first) true liquid model while it draws"
     )
     p.add_argument("--sampler", choices=SAMPLERS, default="dpmpp", help="how to go from noise to image")
     p.add_argument(

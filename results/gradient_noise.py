@@ -7,6 +7,7 @@ appendix A.1), estimated from the squared norms of gradients of SMALL and of LAR
 (not their average).
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -15,16 +16,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import RESUME_FILE, read_config, read_resume
+from command_line import run
 from image_data import load_images, training_batch
 from models import load_model
 
 SMALL, LARGE, REPEATS = 8, 4096, 2
 
 
-def main(run: Path) -> None:
+def main() -> None:
     """Print the estimate, the mean over more and more gradients."""
-    config, saved = read_config(run)["train"], read_resume(run / RESUME_FILE)
-    model, scheduler, _ = load_model(run)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("checkpoint", type=Path, metavar="RUN", help="a run folder")
+    folder = p.parse_args().checkpoint
+    config, saved = read_config(folder)["train"], read_resume(folder / RESUME_FILE)
+    model, scheduler, _ = load_model(folder)
     model.load_state_dict(saved["model"])
     data = load_images(config["dataset"], config["data_dir"], config["image_size"])
     small, large = [], []
@@ -52,4 +57,4 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run("gradient_noise.py", main)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import call, run_command, trained
 from PIL import Image
-from scipy import linalg
 
 import evaluate
 import evaluation
@@ -234,57 +233,6 @@ def test_images_smaller_than_a_patch_are_null_with_the_reason():
     assert found["value"] is None and "7x7" in found["reason"] and "4x4" in found["reason"]
 
 
-def known_features(images: torch.Tensor) -> torch.Tensor:
-    """What the stand-in for Inception gives: the channels' means and deviations, and a corner's values, (N, 9)."""
-    values = images.float() / 64
-    return torch.cat([values.mean((2, 3)), values.std((2, 3)), values[:, :, 0, 0]], dim=1)
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """torch-fidelity with a network whose features are known in Inception's place, so that no weights are needed."""
-    registry = pytest.importorskip("torch_fidelity.registry")
-
-    class StandIn(registry.FeatureExtractorBase):
-        def __init__(self, name, features_list, **_):
-            super().__init__(name, features_list)
-
-        @staticmethod
-        def get_provided_features_list():
-            return ("2048",)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric):
-            return "2048"
-
-        def forward(self, images):
-            assert images.dtype == torch.uint8 and images.shape[1] == 3
-            return (known_features(images),)
-
-    monkeypatch.setitem(registry.FEATURE_EXTRACTORS_REGISTRY, "inception-v3-compat", StandIn)
-
-
-@pytest.mark.parametrize("channels", [3, 1])
-def test_fid_and_kid_are_those_of_their_definitions(channels, stand_in):
-    """Only the network is a stand-in; both figures are computed here from its features by scipy and numpy."""
-    random = torch.Generator().manual_seed(0)
-    samples = torch.randint(0, 200, (60, channels, 8, 8), generator=random, dtype=torch.uint8)
-    reference = torch.randint(30, 256, (60, channels, 8, 8), generator=random, dtype=torch.uint8)
-    found = inception_distances.inception_distances(samples, reference, "unused", device=torch.device("cpu"))
-    x, y = (known_features(images.expand(-1, 3, -1, -1)).double().numpy() for images in (samples, reference))
-    root = linalg.sqrtm(np.cov(x.T) @ np.cov(y.T) + 1e-12 * np.eye(9))
-    fid = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root.real)
-    assert found["fid"] == pytest.approx(fid, rel=1e-3)
-
-    def kernel(a, b):
-        return (a @ b.T / 9 + 1) ** 3
-
-    xx, yy, n = kernel(x, x), kernel(y, y), 60  # subsets of 60 of 60: every one is the whole set
-    kid = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (n * (n - 1)) - 2 * kernel(x, y).mean()
-    assert found["kid"] == pytest.approx(kid, rel=1e-4)
-    assert found["kid_subset_size"] == 60 and found["kid_std"] == pytest.approx(0, abs=1e-4 * abs(kid))
-
-
 def test_a_measured_fid_is_labelled(digits_run, stand_in, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "inception_weights", lambda: tmp_path / "weights.pth")
     report, out = measured("--checkpoint", digits_run, "--fid", output=tmp_path / "a.json")
@@ -300,20 +248,6 @@ def test_a_measured_fid_is_labelled(digits_run, stand_in, monkeypatch, tmp_path)
         assert figure["library"].startswith("torch-fidelity ")
     assert report["kid"]["subset_size"] == 20
     assert f"{report['fid']['value']:.2f}" in out
-
-
-def test_weights_in_the_cache_are_taken_only_if_they_are_what_their_name_says(monkeypatch, tmp_path):
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    folder = tmp_path / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    # of an empty file, by the definition of SHA-256
-    monkeypatch.setattr(module, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-e3b0c442.pth")
-    (folder / "weights-e3b0c442.pth").write_bytes(b"")
-    assert inception_distances.inception_weights() == folder / "weights-e3b0c442.pth"
-    (folder / "weights-e3b0c442.pth").write_bytes(b"x")
-    with pytest.raises(inception_distances.MissingWeights, match="damaged"):
-        inception_distances.inception_weights()
 
 
 def test_fid_without_the_library_is_refused_before_anything_else(monkeypatch):

@@ -65,3 +65,12 @@ def test_one_step_skips_the_recurrence():
     one, three = (build_model(ARMS[arm][0], **ARMS[arm][1]) for arm in ("true:steps=1", "true"))
     assert count_parameters(one) == count_parameters(three)
     assert multiply_adds(one, (3, 32, 32)) < 0.2 * multiply_adds(three, (3, 32, 32))
+
+
+@pytest.mark.parametrize("change", [{"solver": "rk4"}, {"solver": "exponential"}, {"ode_steps": (6, 10, 14)}])
+def test_an_untied_model_cannot_be_solved_otherwise(change):
+    """Its steps are layers with weights of their own."""
+    model = build_model("true:untied")
+    with pytest.raises(UserError, match="untied"):
+        model.set_solver(**change)
+    model.set_solver("euler", (3, 5, 7))

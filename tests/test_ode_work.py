@@ -78,6 +78,7 @@ def test_the_command_writes_figures_and_plot_and_refuses_what_has_no_ode(tmp_pat
     few = ["--device", "cpu", "--num-images", 16, "--steps", 2, "--bound-images", 2]
     code, out, err = call(evaluate, "--checkpoint", run, *few, "--ode-work")
     assert code == 0 and str(run / "evaluation-ode-work.png") in out, err
+    assert "euler 3/5/7" in out and "as trained" in out and "dopri5 its own" in out
     report = json.loads((run / "evaluation.json").read_text())
     (trained_way,) = (p for p in report["ode_work"]["points"] if p["as_trained"])
     assert trained_way["value"] == pytest.approx(report["eps_mse"]["value"])
