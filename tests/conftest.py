@@ -31,7 +31,8 @@ def start_command(script: Path | str, *arguments, prepare: Callable[[], None] | 
     """A command as a process of its own. prepare: called in that process just before the command starts."""
 
     def before_start() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where a shell had it ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where a shell had it ignored,
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or under nohup
         if prepare is not None:
             prepare()
 
