@@ -28,7 +28,7 @@ from diffusion import PREDICTION_TYPES, SCHEDULES, DDPMScheduler, sample_images
 from errors import UserError
 from hardware import DEVICES, Processes, choose_device, keep_freed_memory
 from image_data import DATASETS, ImageData, held_out_bank, load_images
-from models import ARMS, build_model, count_parameters, load_model, multiply_adds
+from models import ARMS, build_model, count_parameters, load_model, multiply_adds, training_multiply_adds
 from pictures import save_labelled_rows
 from speed import machine_name, training_rates
 from train_config import TrainConfig
@@ -190,10 +190,8 @@ def arm_costs(s: argparse.Namespace, data: ImageData, folder: Path) -> dict[str,
         rates = training_rates(missing, data, device)
     for arm, config in missing.items():
         network = build_model(config.model, **{"in_channels": data.shape[0], **config.model_config})
-        forward = multiply_adds(network, data.shape)
-        # a backward pass costs two forward ones; a model that carries its state sees another image before, on average
-        passes = 4 if getattr(network, "carries_state", False) else 3
-        costs[arm] = Cost(arm, count_parameters(network), forward, passes * forward, rates[arm], here)
+        forward, training = multiply_adds(network, data.shape), training_multiply_adds(network, data.shape)
+        costs[arm] = Cost(arm, count_parameters(network), forward, training, rates[arm], here)
     save_rows(list(costs.values()), path)
     return costs
 

@@ -185,7 +185,7 @@ def to_float(images: Tensor) -> Tensor:
 
 @lru_cache(maxsize=2)  # the epoch at hand and, in the batch that straddles two, the next
 def _epoch_order(seed: int, epoch: int, size: int) -> Tensor:
-    return torch.randperm(size, generator=_generator("cpu", seed, epoch, stream=0))
+    return torch.randperm(size, generator=random_generator("cpu", seed, epoch, stream=0))
 
 
 def _shuffled(seed: int, first: int, last: int, size: int) -> Tensor:
@@ -198,7 +198,7 @@ def _shuffled(seed: int, first: int, last: int, size: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _generator(device: torch.device | str, seed: int, number: int, stream: int) -> torch.Generator:
+def random_generator(device: torch.device | str, seed: int, number: int, stream: int) -> torch.Generator:
     """A generator for one (seed, number) of one stream; the numbers are mixed into one well-spread 64-bit seed."""
     mixed = np.random.SeedSequence([seed, number, stream]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(mixed >> np.uint64(1)))
@@ -225,7 +225,7 @@ def training_batch(
     share = slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
     index = _shuffled(seed, number * batch_size + share.start, number * batch_size + share.stop, size)
 
-    random = _generator(device, seed, number, stream=1)
+    random = random_generator(device, seed, number, stream=1)
     mirrored, dropped = torch.rand(2, batch_size, generator=random, device=device)
     offset = torch.rand(1, generator=random, device=device)
     eps = torch.randn(batch_size, *data.shape, generator=random, device=device)[share]
@@ -247,7 +247,7 @@ def memory_noise(
 
     K is 0, 1 or 2, at random for each batch. On the CPU, so that it is the same for every device.
     """
-    random = _generator("cpu", seed, number, stream=2)
+    random = random_generator("cpu", seed, number, stream=2)
     passes = int(torch.randint(3, (), generator=random))
     share = slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
     return torch.randn(passes, batch_size, *shape, generator=random)[:, share]

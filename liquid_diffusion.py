@@ -30,7 +30,15 @@ SPEEDS = ("global", "local", "detail")  # slow to fast, coarse to fine
 # The bounds of tau, in units of a horizon of 2. With 3, 5 and 7 steps each tau_min keeps Euler's dt / tau under 1.
 TAU_RANGE = {"global": (0.7, 4.0), "local": (0.45, 4.0), "detail": (0.3, 4.0)}
 
+# With random steps: the shares of a model's numbers of steps that training draws from, and how often each comes.
+ODE_STEP_SHARES = {0.5: 0.25, 1: 0.5, 2: 0.25}
+
 State = tuple[Tensor, Tensor, Tensor]  # h of the global, local and detail cell
+
+
+def scaled_steps(ode_steps: Sequence[int], share: float) -> list[int]:
+    """A share of some numbers of ODE steps; a share of a step is rounded up."""
+    return [math.ceil(share * steps) for steps in ode_steps]
 
 
 class TimeEmbedding(nn.Module):
@@ -237,6 +245,8 @@ class TrueLiquidDiffusionModel(nn.Module):
     forward(x (B, C, H, W), t (B,), state=None, labels=(B,) or None) -> (B, C, H, W), or with `return_state` a pair of
     that and the cells' state, which may be passed to the next call; None is the state of zeros. H and W are any
     multiples of 4. `num_classes` > 0 makes the model class-conditional; label `num_classes` means "no class".
+    `ode_steps` are those of (global, local, detail); with `random_steps` each training step draws a multiple of them
+    (`ODE_STEP_SHARES`), so that the weights learn the equation and not one way of stepping through it.
 
     Raises UserError for sides that 4 does not divide and for settings that `RealLiquidCell` refuses.
     """
@@ -252,9 +262,12 @@ class TrueLiquidDiffusionModel(nn.Module):
         ode_steps: Sequence[int] = (3, 5, 7),
         solver: str = "euler",
         activation: str = "silu",
+        random_steps: bool = False,
     ):
         super().__init__()
         self.num_classes = num_classes
+        self.ode_steps = tuple(ode_steps)
+        self.random_steps = random_steps
         self.embedding = TimeEmbedding(embedding_dim, num_classes)
         self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.processor = self.processor_type(

@@ -12,7 +12,7 @@ from checkpoint import read_model
 from diffusion import DDPMScheduler
 from errors import UserError
 from liquid_ablations import ABLATIONS
-from liquid_diffusion import TrueLiquidDiffusionModel
+from liquid_diffusion import ODE_STEP_SHARES, TrueLiquidDiffusionModel, scaled_steps
 from liquid_diffusion_inspired import InspiredDiffusionModel
 from unet_reference import LADDER, UNetReference
 
@@ -24,6 +24,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "inspired": ("inspired", {}),
     **{f"unet:{rung}": ("unet", shape) for rung, shape in LADDER.items()},
     "true:steps=1": ("true", {"ode_steps": (1, 1, 1)}),
+    "true:steps=random": ("true", {"random_steps": True}),
     "true:solver=exponential": ("true", {"solver": "exponential"}),
     **{f"true:{name}": (f"true:{name}", {}) for name in ABLATIONS},
 }
@@ -84,3 +85,17 @@ def multiply_adds(model: nn.Module, shape: tuple[int, int, int]) -> int:
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device))
     return counter.get_total_flops() // 2
+
+
+def training_multiply_adds(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    """Multiply-adds of training on one image of shape (C, H, W), on average; a backward pass costs two forward ones."""
+    # a model that carries its state sees another image before, on average
+    passes = 4 if getattr(model, "carries_state", False) else 3
+    if not getattr(model, "random_steps", False):
+        return passes * multiply_adds(model, shape)
+    forward = 0.0
+    for share, chance in ODE_STEP_SHARES.items():
+        model.set_solver(ode_steps=scaled_steps(model.ode_steps, share))
+        forward += chance * multiply_adds(model, shape)
+    model.set_solver(ode_steps=model.ode_steps)
+    return round(passes * forward)

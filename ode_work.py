@@ -6,7 +6,6 @@
 The computation of a liquid model can be chosen after training; how well it takes that is measured here.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from checkpoint import atomic_path
 from diffusion import DDPMScheduler
 from errors import UserError
 from image_data import Batch
-from liquid_diffusion import ODEINT_SOLVERS, STEP_SHARE, TrueLiquidDiffusionModel
+from liquid_diffusion import ODEINT_SOLVERS, STEP_SHARE, TrueLiquidDiffusionModel, scaled_steps
 from validation import held_out_loss
 
 SHARES = (0.5, 1, 2, 4)  # of the trained numbers of steps; a share of a step is rounded up
@@ -36,7 +35,7 @@ def require_ode(model: nn.Module, name: str) -> None:
 def ways(steps: Sequence[int]) -> list[tuple[str, list[int]]]:
     """Every solver with each share of the trained steps; one that chooses its own steps stands once."""
     return [
-        (solver, [math.ceil(share * count) for count in steps])
+        (solver, scaled_steps(steps, share))
         for solver in (*STEP_SHARE, *ODEINT_SOLVERS)
         for share in ((1,) if solver == ADAPTIVE else SHARES)
     ]

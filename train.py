@@ -38,6 +38,10 @@ def parser() -> Parser:
     p = Parser(prog="train.py", description="Train one diffusion model into a run folder.")
     p.add_argument("--model", choices=list(MODELS), default=default["model"], help="the denoiser")
     p.add_argument("--solver", choices=list(STEP_SHARE), default="euler", help="ODE steps of the true liquid model")
+    p.add_argument(
+        "--random-ode-steps", action="store_true",
+        help="train the true model with half, once and twice its ODE steps, so that sample.py may choose them",
+    )  # fmt: skip
     p.add_argument("--dataset", choices=DATASETS, default=default["dataset"], help="what to learn")
     p.add_argument("--data-dir", default=default["data_dir"], help="where data sets are kept; the images of `folder`")
     p.add_argument(
@@ -110,14 +114,16 @@ def main() -> None:
     values = vars(p.parse_args())
     given = p.given()
     resume, dry_run = values.pop("resume"), values.pop("dry_run")
-    if "solver" in given and values["model"] != "true" and resume is None:
-        raise UserError(f"--solver: only the true model has an ODE, got --model {values['model']}")
-    solver = values.pop("solver")
+    for flag in ("solver", "random_ode_steps"):
+        if flag in given and values["model"] != "true" and resume is None:
+            name = flag.replace("_", "-")
+            raise UserError(f"--{name}: only the true model has an ODE, got --model {values['model']}")
+    ode = {"solver": values.pop("solver"), "random_steps": values.pop("random_ode_steps")}
     if resume is None:
         if BUDGET & given.keys() - {"epochs"}:
             values["epochs"] = None
         if values["model"] == "true":
-            values["model_config"] = {"solver": solver}
+            values["model_config"] = ode
         config, folder = TrainConfig(**values), None
     else:
         config, folder = resumed(given, Path(values["output_dir"]))
@@ -139,7 +145,8 @@ def resumed(given: dict, output_dir: Path) -> tuple[TrainConfig, Path]:
     record = read_config(folder)
     try:
         saved = TrainConfig(**record["train"])
-        before = vars(saved) | {"solver": saved.model_config.get("solver")}
+        ode = {name: saved.model_config.get(name) for name in ("solver", "random_steps")}
+        before = vars(saved) | {"solver": ode["solver"], "random_ode_steps": bool(ode["random_steps"])}
         parser().check(before)
         build_model(saved.model, **{"in_channels": 3, **saved.model_config})
     except (AttributeError, KeyError, TypeError, UserError) as error:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from diffusion import DDPMScheduler
 from hardware import Processes
-from image_data import Batch, ImageData, memory_noise, training_batch
+from image_data import Batch, ImageData, memory_noise, random_generator, training_batch
+from liquid_diffusion import ODE_STEP_SHARES, scaled_steps
 from train_config import TrainConfig
 from train_state import TrainState
 
@@ -23,6 +24,13 @@ def learning_rate(peak: float, step: int, progress: float) -> float:
     """Linear warm-up over the first steps, times a cosine from 1 to FINAL_LR_SHARE over the run's progress 0..1."""
     cosine = FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * (1 + math.cos(math.pi * progress)) / 2
     return peak * min(1, (step + 1) / WARM_UP_STEPS) * cosine
+
+
+def ode_step_share(seed: int, number: int) -> float:
+    """Which of ODE_STEP_SHARES batch `number` is trained with, the same in every process."""
+    chances = torch.tensor(list(ODE_STEP_SHARES.values()))
+    drawn = torch.multinomial(chances, 1, generator=random_generator("cpu", seed, number, stream=3))
+    return list(ODE_STEP_SHARES)[int(drawn)]
 
 
 def take_step(
@@ -44,6 +52,9 @@ def take_step(
     memory = None
     if getattr(state.model, "carries_state", False):
         memory = memory_noise(data.shape, **share).to(here.device)
+    if getattr(state.model, "random_steps", False):
+        share_of_steps = ode_step_share(config.seed, state.step)
+        state.model.set_solver(ode_steps=scaled_steps(state.model.ode_steps, share_of_steps))
     # DistributedDataParallel averages over the processes: scaled so, the average is the global batch's mean
     loss = backward(network, scheduler, batch, config, here.world_size / config.batch_size, memory)
     nn.utils.clip_grad_norm_(state.model.parameters(), GRADIENT_NORM)

@@ -1,0 +1,94 @@
+"""Training with random numbers of ODE steps: what is drawn, what a step does with it, and what it buys."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import call, train_tiny
+
+import train as train_command
+from hardware import Processes
+from image_data import held_out_bank, load_images
+from models import build_model, load_model, multiply_adds, training_multiply_adds
+from train_config import TrainConfig
+from train_state import untrained
+from training import train
+from training_step import ode_step_share, take_step
+from validation import held_out_loss
+
+DIGITS = load_images("digits", "data")
+CONFIG = TrainConfig(dataset="digits", batch_size=8, device="cpu", precision="fp32", compile="off", timesteps=40)
+CPU = torch.device("cpu")
+
+
+def test_half_once_and_twice_the_steps_come_in_their_shares_and_depend_on_seed_and_number_alone():
+    drawn = [ode_step_share(0, number) for number in range(4000)]
+    assert drawn[:50] == [ode_step_share(0, number) for number in range(50)]
+    assert drawn != [ode_step_share(1, number) for number in range(4000)]
+    count = Counter(drawn)
+    assert count.keys() == {0.5, 1, 2}
+    for share, chance in ((0.5, 0.25), (1, 0.5), (2, 0.25)):
+        assert count[share] == pytest.approx(4000 * chance, abs=4 * (4000 * chance * (1 - chance)) ** 0.5)
+
+
+def test_a_training_step_is_that_of_a_model_with_the_drawn_number_of_steps():
+    shares = [ode_step_share(0, number) for number in range(8)]
+    assert len(set(shares)) == 3
+    fixed_steps = {0.5: (2, 3, 4), 1: (3, 5, 7), 2: (6, 10, 14)}
+    scheduler, state = untrained(replace(CONFIG, model_config={"random_steps": True}), DIGITS, CPU)
+    for number, share in enumerate(shares):
+        before = {name: value.clone() for name, value in state.model.state_dict().items()}
+        fixed_config = replace(CONFIG, model_config={"ode_steps": fixed_steps[share]})
+        _, fixed = untrained(fixed_config, DIGITS, CPU)
+        fixed.model.load_state_dict(before)
+        fixed.step = number
+        loss_before = state.loss_sum.clone()
+        take_step(fixed.model, fixed, scheduler, DIGITS, fixed_config, Processes(CPU), 0.0)
+        take_step(state.model, state, scheduler, DIGITS, CONFIG, Processes(CPU), 0.0)
+        assert (state.loss_sum - loss_before).item() == pytest.approx(fixed.loss_sum.item(), rel=1e-5)
+
+
+def test_a_run_is_measured_saved_and_read_with_the_model_s_own_steps(tmp_path):
+    run = train_tiny(tmp_path, "--random-ode-steps", "--steps", 12)
+    model, scheduler, about = load_model(run)
+    assert about["model_config"]["random_steps"] is True
+    assert [cell.num_steps for cell in model.processor.cells.values()] == [3, 5, 7]
+    last = (run / "metrics.csv").read_text().splitlines()
+    column = last[0].split(",").index("held_out_loss")
+    bank = held_out_bank(load_images("digits", "data"), scheduler.num_timesteps)
+    assert float(last[-1].split(",")[column]) == pytest.approx(held_out_loss(model, scheduler, bank), rel=1e-5)
+
+
+def test_training_costs_the_mean_over_the_drawn_numbers_of_steps():
+    shape = (1, 8, 8)
+    costs = [
+        multiply_adds(build_model("true", in_channels=1, ode_steps=steps), shape)
+        for steps in ((2, 3, 4), (3, 5, 7), (6, 10, 14))
+    ]
+    model = build_model("true", in_channels=1, random_steps=True)
+    assert training_multiply_adds(model, shape) == round(3 * (costs[0] / 4 + costs[1] / 2 + costs[2] / 4))
+    assert multiply_adds(model, shape) == costs[1]
+
+
+def test_half_the_steps_cost_it_less_than_a_model_that_always_saw_the_same(tmp_path):
+    apart = []
+    for random_steps in (False, True):
+        config = replace(
+            CONFIG, model_config={"random_steps": random_steps}, epochs=None, steps=200, batch_size=16, lr=8e-3,
+            output_dir=str(tmp_path), draw_grids=False, sample_every=200,
+        )  # fmt: skip
+        model, scheduler, _ = load_model(train(config, data=DIGITS))
+        bank = held_out_bank(DIGITS, config.timesteps)
+        own = held_out_loss(model, scheduler, bank)
+        model.set_solver(ode_steps=(2, 3, 4))
+        apart.append(held_out_loss(model, scheduler, bank) / own - 1)
+    assert abs(apart[1]) < abs(apart[0])
+
+
+def test_only_the_true_model_has_steps_and_a_resumed_run_keeps_what_it_had(tmp_path):
+    code, out, err = call(train_command, "--model", "inspired", "--random-ode-steps", "--dataset", "digits")
+    assert (code, out) == (2, "") and err.startswith("train.py: error: --random-ode-steps: only the true model")
+    run = train_tiny(tmp_path, "--steps", 3)
+    code, out, err = call(train_command, "--resume", run, "--random-ode-steps")
+    assert (code, out) == (2, "") and "--random-ode-steps: True contradicts --resume" in err
