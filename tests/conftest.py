@@ -11,10 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import command_line
 import train
@@ -137,6 +140,34 @@ def rows(run: Path) -> list[dict[str, str]]:
     """What `metrics.csv` of a run has."""
     with open(run / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+FEW_STEPS = ["--device", "cpu", "--precision", "fp32", "--timesteps", 20, "--lr", 0.02, "--batch-size", 16]
+short_run = partial(trained, options=FEW_STEPS)
+FEW_DRAWN = ["--device", "cpu", "--num-images", 20, "--steps", 3]
+
+
+@pytest.fixture(scope="session")
+def short_digits_run(tmp_path_factory):
+    return short_run(tmp_path_factory.mktemp("digits"), "--dataset", "digits", "--steps", 30)
+
+
+@pytest.fixture(scope="session")
+def class_images(tmp_path_factory):
+    """Dark cats and bright dogs, so that the class matters; mirrored ones count, as in every folder."""
+    images, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name, low, high in (("cats", 0, 60), ("dogs", 190, 256)):
+        (images / name).mkdir()
+        for i in range(60):
+            pixels = random.integers(low, high, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / name / f"{i}.png")
+    return images
+
+
+@pytest.fixture(scope="session")
+def short_class_run(class_images, tmp_path_factory):
+    options = ["--dataset", "folder", "--data-dir", class_images, "--image-size", 16, "--class-conditional"]
+    return short_run(tmp_path_factory.mktemp("classes"), *options, "--steps", 20)
 
 
 @pytest.fixture(scope="session")

@@ -1,22 +1,19 @@
-"""`evaluate.py` as a user meets it: what it measures, what it writes and says, and each refusal."""
+"""`evaluate.py` as a user meets it: what it measures, what it writes and what it says."""
 
 import json
 import math
-import os
 import shutil
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, run_command, trained
+from conftest import FEW_DRAWN, call, run_command, short_run
 from PIL import Image
 
 import evaluate
 import evaluation
 import inception_distances
-from checkpoint import read_model, save_model
 from diffusion import sample_images
 from image_data import held_out_bank, load_images, to_float
 from likelihood import variational_bound
@@ -25,55 +22,29 @@ from neighbours import nearest
 from sliced_wasserstein import sliced_wasserstein
 from validation import held_out_loss
 
-FEW_STEPS = ["--device", "cpu", "--precision", "fp32", "--timesteps", 20, "--lr", 0.02, "--batch-size", 16]
-trained_quickly = partial(trained, options=FEW_STEPS)
-QUICK = ["--device", "cpu", "--num-images", 20, "--steps", 3]
 # no weights in the cache and no host that answers: what a machine without a network meets
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 
-@pytest.fixture(scope="module")
-def digits_run(tmp_path_factory):
-    return trained_quickly(tmp_path_factory.mktemp("digits"), "--dataset", "digits", "--steps", 30)
-
-
-@pytest.fixture(scope="module")
-def class_images(tmp_path_factory):
-    """Dark cats and bright dogs, so that the class matters; mirrored ones count, as in every folder."""
-    images, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name, low, high in (("cats", 0, 60), ("dogs", 190, 256)):
-        (images / name).mkdir()
-        for i in range(60):
-            pixels = random.integers(low, high, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(images / name / f"{i}.png")
-    return images
-
-
-@pytest.fixture(scope="module")
-def class_run(class_images, tmp_path_factory):
-    options = ["--dataset", "folder", "--data-dir", class_images, "--image-size", 16, "--class-conditional"]
-    return trained_quickly(tmp_path_factory.mktemp("classes"), *options, "--steps", 20)
-
-
 def measured(*arguments, output) -> tuple[dict, str]:
     """(the JSON that the command writes, what it prints)."""
-    code, out, err = call(evaluate, *QUICK, *arguments, "--output", output)
+    code, out, err = call(evaluate, *FEW_DRAWN, *arguments, "--output", output)
     assert code == 0, err
     return json.loads(output.read_text()), out
 
 
 @pytest.fixture(scope="module")
-def digits_report(digits_run):
+def digits_report(short_digits_run):
     """From the shell, into the run folder, asking for an FID that cannot be had."""
-    empty = digits_run.parent / "torch"
-    options = ["--checkpoint", digits_run, *QUICK, "--fid"]
+    empty = short_digits_run.parent / "torch"
+    options = ["--checkpoint", short_digits_run, *FEW_DRAWN, "--fid"]
     done = run_command("evaluate.py", *options, TORCH_HOME=str(empty), no_proxy="", **NO_NETWORK)
     assert done.returncode == 0, done.stderr
-    return json.loads((digits_run / "evaluation.json").read_text()), done.stdout
+    return json.loads((short_digits_run / "evaluation.json").read_text()), done.stdout
 
 
-def test_the_eps_mse_is_that_of_training_and_its_bins_average_to_it(digits_run, digits_report):
-    model, scheduler, _ = load_model(digits_run)
+def test_the_eps_mse_is_that_of_training_and_its_bins_average_to_it(short_digits_run, digits_report):
+    model, scheduler, _ = load_model(short_digits_run)
     bank = held_out_bank(load_images("digits", "unused"), scheduler.num_timesteps)
     found = digits_report[0]["eps_mse"]
     assert found["value"] == pytest.approx(held_out_loss(model, scheduler, bank), rel=1e-5)
@@ -87,17 +58,17 @@ def test_the_eps_mse_is_that_of_training_and_its_bins_average_to_it(digits_run, 
         assert part["value"] == pytest.approx(errors[inside].mean().item(), rel=1e-4)
 
 
-def test_a_model_of_few_timesteps_has_bins_without_one(digits_run):
-    model, scheduler, _ = load_model(digits_run)
+def test_a_model_of_few_timesteps_has_bins_without_one(short_digits_run):
+    model, scheduler, _ = load_model(short_digits_run)
     short = type(scheduler)(4, "linear", scheduler.prediction_type)
     bins = evaluation.eps_mse(model, short, held_out_bank(load_images("digits", "unused"), 4))["bins"]
     assert [part["t"] for part in bins if part["n"]] == [[0, 0], [1, 1], [2, 2], [3, 3]]
     assert all(part["value"] is None and part["t"] is None for part in bins if not part["n"])
 
 
-def test_the_distances_are_those_of_the_same_samples(digits_run, digits_report):
+def test_the_distances_are_those_of_the_same_samples(short_digits_run, digits_report):
     """Samples drawn anew, rounded to 8 bits here, against images chosen by what the report says."""
-    model, scheduler, config = load_model(digits_run)
+    model, scheduler, config = load_model(short_digits_run)
     data = load_images("digits", "unused")
     report = digits_report[0]
     found = report["sliced_wasserstein"]
@@ -121,9 +92,9 @@ def test_the_distances_are_those_of_the_same_samples(digits_run, digits_report):
     assert near["held_out"]["least"] == pytest.approx(truth.min())
 
 
-def test_the_report_says_what_everything_is(digits_run, digits_report):
+def test_the_report_says_what_everything_is(short_digits_run, digits_report):
     report, out = digits_report
-    assert report["checkpoint"] == str(digits_run) and len(report["checkpoint_sha256"]) == 64
+    assert report["checkpoint"] == str(short_digits_run) and len(report["checkpoint_sha256"]) == 64
     assert report["data"] == {
         "dataset": "digits",
         "shape": [1, 8, 8],
@@ -134,7 +105,7 @@ def test_the_report_says_what_everything_is(digits_run, digits_report):
     assert report["device"] == "cpu" and report["seed"] == 0
     assert report["versions"]["torch"] == torch.__version__.split("+")[0]
     assert report["versions"]["python"] == sys.version.split()[0]
-    model = load_model(digits_run)[0]
+    model = load_model(short_digits_run)[0]
     assert report["parameters"]["value"] == sum(p.numel() for p in model.parameters())
     assert report["multiply_adds"]["value"] > report["parameters"]["value"]
     assert (report["sampling"]["sampler"], report["sampling"]["steps"]) == ("dpmpp", 3)
@@ -147,7 +118,7 @@ def test_the_report_says_what_everything_is(digits_run, digits_report):
     assert speed["value"] == pytest.approx(speed["n"] / speed["seconds"])
     for shown in (f"{report['eps_mse']['value']:.5f}", f"{report['variational_bound']['value']:.4f}"):
         assert shown in out
-    assert out.splitlines()[-2:] == [str(digits_run / f"evaluation{end}") for end in ("-neighbours.png", ".json")]
+    assert out.splitlines()[-2:] == [str(short_digits_run / f"evaluation{end}") for end in ("-neighbours.png", ".json")]
 
 
 def test_the_bound_of_the_report_adds_up(digits_report):
@@ -167,9 +138,9 @@ def test_weights_that_are_not_to_be_had_are_one_line_and_no_failure(digits_repor
         assert report[name]["value"] is None and "not downloadable" in report[name]["reason"]
 
 
-def test_the_picture_shows_samples_beside_their_neighbours(digits_run, digits_report):
+def test_the_picture_shows_samples_beside_their_neighbours(short_digits_run, digits_report):
     data = load_images("digits", "unused")
-    with Image.open(digits_run / "evaluation-neighbours.png") as picture:
+    with Image.open(short_digits_run / "evaluation-neighbours.png") as picture:
         pixels = np.asarray(picture)
     zoom, cell = 8, 9
     assert pixels.shape == ((16 * cell + 1) * zoom,) * 2 + (3,)
@@ -179,10 +150,12 @@ def test_the_picture_shows_samples_beside_their_neighbours(digits_run, digits_re
         assert np.abs(drawn.astype(int) - data.train[index, 0].numpy()).max() <= 1
 
 
-def test_the_same_seed_gives_the_same_figures_and_a_bare_file_the_same_as_its_run(digits_run, digits_report, tmp_path):
+def test_the_same_seed_gives_the_same_figures_and_a_bare_file_the_same_as_its_run(
+    short_digits_run, digits_report, tmp_path
+):
     bare = tmp_path / "bare.safetensors"
-    bare.write_bytes((digits_run / "model.safetensors").read_bytes())
-    code, _, err = call(evaluate, "--checkpoint", bare, *QUICK, "--batch-size", 7)
+    bare.write_bytes((short_digits_run / "model.safetensors").read_bytes())
+    code, _, err = call(evaluate, "--checkpoint", bare, *FEW_DRAWN, "--batch-size", 7)
     assert code == 0, err
     report = json.loads((tmp_path / "bare-evaluation.json").read_text())
     assert (tmp_path / "bare-evaluation-neighbours.png").is_file()
@@ -196,8 +169,17 @@ def test_the_same_seed_gives_the_same_figures_and_a_bare_file_the_same_as_its_ru
         assert other[name]["value"] != report[name]["value"], name
 
 
-def test_flags_act(digits_run, tmp_path):
-    options = ["--checkpoint", digits_run / "model.safetensors", "--sampler", "ddpm", "--steps", 4, "--bound-images", 9]
+def test_flags_act(short_digits_run, tmp_path):
+    options = [
+        "--checkpoint",
+        short_digits_run / "model.safetensors",
+        "--sampler",
+        "ddpm",
+        "--steps",
+        4,
+        "--bound-images",
+        9,
+    ]
     report, out = measured(*options, "--num-images", 17, output=tmp_path / "new" / "out.json")
     assert report["variational_bound"]["n"] == 9
     assert report["sampling"]["n"] == report["sliced_wasserstein"]["n"] == 17
@@ -205,10 +187,10 @@ def test_flags_act(digits_run, tmp_path):
     assert (tmp_path / "new" / "out-neighbours.png").is_file()
 
 
-def test_a_model_with_classes_is_told_them_in_turns_and_measured_by_them(class_run, tmp_path):
+def test_a_model_with_classes_is_told_them_in_turns_and_measured_by_them(short_class_run, tmp_path):
     """The run's config.json says where the images are."""
-    report, _ = measured("--checkpoint", class_run, output=tmp_path / "a.json")
-    model, scheduler, _ = load_model(class_run)
+    report, _ = measured("--checkpoint", short_class_run, output=tmp_path / "a.json")
+    model, scheduler, _ = load_model(short_class_run)
     data = load_images("folder", report["data_dir"], 16)
     bank = held_out_bank(data, scheduler.num_timesteps)
     truth = held_out_loss(model, scheduler, bank)
@@ -233,10 +215,10 @@ def test_images_smaller_than_a_patch_are_null_with_the_reason():
     assert found["value"] is None and "7x7" in found["reason"] and "4x4" in found["reason"]
 
 
-def test_a_measured_fid_is_labelled(digits_run, stand_in, monkeypatch, tmp_path):
+def test_a_measured_fid_is_labelled(short_digits_run, stand_in, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "inception_weights", lambda: tmp_path / "weights.pth")
-    report, out = measured("--checkpoint", digits_run, "--fid", output=tmp_path / "a.json")
-    model, scheduler, config = load_model(digits_run)
+    report, out = measured("--checkpoint", short_digits_run, "--fid", output=tmp_path / "a.json")
+    model, scheduler, config = load_model(short_digits_run)
     samples = ((sample_images(model, scheduler, config["shape"], 20, steps=3) + 1) * 127.5).round().byte()
     data = load_images("digits", "unused")
     again = inception_distances.inception_distances(samples, data.train, "unused", device=torch.device("cpu"))
@@ -250,124 +232,10 @@ def test_a_measured_fid_is_labelled(digits_run, stand_in, monkeypatch, tmp_path)
     assert f"{report['fid']['value']:.2f}" in out
 
 
-def test_fid_without_the_library_is_refused_before_anything_else(monkeypatch):
-    monkeypatch.setattr(inception_distances.importlib.util, "find_spec", lambda name: None)
-    code, out, err = call(evaluate, "--checkpoint", "missing", "--fid")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "--fid" in err and "requirements-compare.txt" in err
-
-
-def line_of_refusal(*arguments) -> str:
-    """The one line with which the command refuses its arguments, before it measures anything."""
-    code, out, err = call(evaluate, *QUICK, *arguments)
-    assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
-    assert err.startswith("evaluate.py: error: ")
-    return err
-
-
-BAD_VALUES = [
-    ("--num-images", 15),
-    ("--bound-images", 1),
-    ("--steps", 0),
-    ("--steps", 21),
-    ("--seed", -1),
-    ("--batch-size", 0),
-    ("--sampler", "euler"),
-    ("--dataset", "imagenet"),
-    ("--device", "tpu"),
-    ("--output", "figures.txt"),
-    ("--no-such-flag", 1),
-]
-
-
-@pytest.mark.parametrize("flag, value", BAD_VALUES)
-def test_a_bad_value_is_refused_by_its_flag_before_data_are_read(flag, value, digits_run, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_images", lambda *_, **__: pytest.fail("data were read"))
-    assert flag in line_of_refusal("--checkpoint", digits_run, flag, value)
-
-
-def test_outputs_that_cannot_be_are_refused_before_data_are_read(digits_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_images", lambda *_, **__: pytest.fail("data were read"))
-    (tmp_path / "file").write_text("kept")
-    (tmp_path / "folder.json").mkdir()
-    for path in (tmp_path / "folder.json", tmp_path / "file" / "a.json"):
-        line = line_of_refusal("--checkpoint", digits_run, "--output", path)
-        assert "--output" in line and str(tmp_path) in line
-    if os.geteuid():  # root writes anywhere
-        tmp_path.chmod(0o500)
-        assert "--output" in line_of_refusal("--checkpoint", digits_run, "--output", tmp_path / "a.json")
-        tmp_path.chmod(0o700)
-
-
-def test_a_checkpoint_is_asked_for_and_has_to_be_one(tmp_path):
-    assert "--checkpoint" in line_of_refusal()
-    (tmp_path / "text").write_text("hello")
-    for name in ("missing", "text"):
-        assert name in line_of_refusal("--checkpoint", tmp_path / name)
-
-
-def test_data_that_are_not_the_models_are_refused_naming_both(class_run, digits_run, class_images, tmp_path):
-    line = line_of_refusal("--checkpoint", class_run, "--dataset", "digits")
-    assert "(1, 8, 8)" in line and "(3, 16, 16)" in line
-    birds = tmp_path / "images" / "birds"
-    birds.mkdir(parents=True)
-    for i in range(3):
-        Image.new("RGB", (16, 16), (i, 0, 0)).save(birds / f"{i}.png")
-    line = line_of_refusal("--checkpoint", class_run, "--data-dir", birds.parent)
-    assert "(birds)" in line and "(cats, dogs)" in line
-    bare = tmp_path / "bare.safetensors"
-    save_model(bare, *read_model(class_run))
-    assert "--data-dir" in line_of_refusal("--checkpoint", bare)
-    assert "--data-dir" in line_of_refusal("--checkpoint", bare, "--data-dir", tmp_path / "nowhere")
-    save_model(bare, read_model(digits_run)[0], {k: v for k, v in read_model(digits_run)[1].items() if k != "dataset"})
-    assert "--dataset" in line_of_refusal("--checkpoint", bare)
-
-
-def test_weights_that_are_not_finite_fail_and_leave_the_file_as_it_was(digits_run, tmp_path):
-    tensors, config = read_model(digits_run)
-    broken, output = tmp_path / "broken.safetensors", tmp_path / "out.json"
-    save_model(broken, {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, config)
-    output.write_text("before")
-    code, _, err = call(evaluate, *QUICK, "--checkpoint", broken, "--output", output)
-    assert code == 1 and "Traceback" not in err
-    assert err.splitlines()[-1].startswith("evaluate.py: failed: ") and "nan" in err
-    assert output.read_text() == "before"
-
-
-def test_running_out_of_memory_is_one_line(digits_run, tmp_path, monkeypatch):
-    def too_much(*_, **__):
-        raise MemoryError
-
-    monkeypatch.setattr(evaluation, "sample_images", too_much)
-    code, _, err = call(evaluate, *QUICK, "--checkpoint", digits_run, "--output", tmp_path / "out.json")
-    assert code == 1 and "--batch-size" in err.splitlines()[-1] and "Traceback" not in err
-    assert not list(tmp_path.iterdir())
-
-
 def test_bad_images_that_the_run_skipped_are_skipped_again(class_images, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(class_images, images)
     (images / "cats" / "bad.png").write_text("not an image")
     options = ["--dataset", "folder", "--data-dir", images, "--image-size", 16, "--skip-bad-images", "--steps", 2]
-    report, _ = measured("--checkpoint", trained_quickly(tmp_path / "runs", *options), output=tmp_path / "a.json")
+    report, _ = measured("--checkpoint", short_run(tmp_path / "runs", *options), output=tmp_path / "a.json")
     assert report["data"]["train_images"] + report["data"]["held_out_images"] == 120
-
-
-def test_an_interruption_leaves_with_130_and_writes_nothing(digits_run, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluation, "sample_images", interrupted)
-    output = tmp_path / "out.json"
-    code, _, err = call(evaluate, *QUICK, "--checkpoint", digits_run, "--output", output)
-    assert code == 130 and "nothing was written" in err.splitlines()[-1]
-    assert not list(tmp_path.iterdir())
-
-
-def test_out_of_memory_names_a_batch_size_to_try(digits_run, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(evaluate, "evaluate", full)
-    code, _, err = call(evaluate, "--checkpoint", digits_run, *QUICK, "--batch-size", 12)
-    assert (code, err) == (1, "evaluate.py: failed: out of memory; try --batch-size 6\n")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import call, train_tiny
+from conftest import call, rows, train_tiny
 
 import train as train_command
 from hardware import Processes
@@ -54,10 +54,9 @@ def test_a_run_is_measured_saved_and_read_with_the_model_s_own_steps(tmp_path):
     model, scheduler, about = load_model(run)
     assert about["model_config"]["random_steps"] is True
     assert [cell.num_steps for cell in model.processor.cells.values()] == [3, 5, 7]
-    last = (run / "metrics.csv").read_text().splitlines()
-    column = last[0].split(",").index("held_out_loss")
-    bank = held_out_bank(load_images("digits", "data"), scheduler.num_timesteps)
-    assert float(last[-1].split(",")[column]) == pytest.approx(held_out_loss(model, scheduler, bank), rel=1e-5)
+    bank = held_out_bank(DIGITS, scheduler.num_timesteps)
+    measured = float(rows(run)[-1]["held_out_loss"])
+    assert measured == pytest.approx(held_out_loss(model, scheduler, bank), rel=1e-5)
 
 
 def test_training_costs_the_mean_over_the_drawn_numbers_of_steps():
