@@ -4,6 +4,7 @@
     batch = training_batch(data, seed=0, number=41, batch_size=8, num_timesteps=400)
 
 There is no loader state: batch `number` is the same after a resume, in any number of processes, and for every model.
+torchvision is imported where it is used: that takes seconds, which a run that downloads and resizes nothing is spared.
 """
 
 import pickle
@@ -14,9 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
-from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from errors import UserError
 from image_folder import load_image_folder
@@ -25,11 +24,11 @@ HELD_OUT_STRIDE = 50  # without a test split of its own, every fiftieth image of
 BANK_SIZE = 2000
 NO_LABEL_SHARE = 0.1  # labels dropped in training, for classifier-free guidance (Ho & Salimans 2022, table 1)
 
-# name -> the torchvision class, and what a user without a network has to place below --data-dir
+# name -> the class of torchvision.datasets, and what a user without a network has to place below --data-dir
 DOWNLOADS = {
-    "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz"),
-    "fashion-mnist": (torchvision.datasets.FashionMNIST, "FashionMNIST/raw/*-ubyte.gz (four files)"),
-    "mnist": (torchvision.datasets.MNIST, "MNIST/raw/*-ubyte.gz (four files)"),
+    "cifar10": ("CIFAR10", "cifar-10-python.tar.gz"),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw/*-ubyte.gz (four files)"),
+    "mnist": ("MNIST", "MNIST/raw/*-ubyte.gz (four files)"),
 }
 DATASETS = (*DOWNLOADS, "digits", "folder")
 MIRRORED = ("cifar10", "folder")  # sets whose images mean the same when seen in a mirror
@@ -97,10 +96,12 @@ def _hold_out(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tu
 
 
 def _download(name: str, data_dir: Path):
-    dataset, archive = DOWNLOADS[name]
-    wanted = data_dir / archive
+    from torchvision import datasets
+
+    class_name, archive = DOWNLOADS[name]
+    dataset, wanted = getattr(datasets, class_name), data_dir / archive
     try:
-        return _load_cifar10(data_dir) if name == "cifar10" else _load_mnist(dataset, data_dir)
+        return _load_cifar10(dataset, data_dir) if name == "cifar10" else _load_mnist(dataset, data_dir)
     except Exception as error:  # torchvision raises nearly anything, by the way in which the host or the file fails
         found = "is cut short or damaged" if wanted.is_file() else "not found"
         raise UserError(
@@ -124,9 +125,10 @@ class _PlainPickle(pickle.Unpickler):
         return self.ALLOWED[name]
 
 
-def _load_cifar10(data_dir: Path):
+def _load_cifar10(cifar10: type, data_dir: Path):
     """torchvision downloads and verifies; its own reader would let the pickles of the set run code."""
-    cifar10 = torchvision.datasets.CIFAR10
+    from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+
     files = [*cifar10.train_list, *cifar10.test_list, [cifar10.meta["filename"], cifar10.meta["md5"]]]
     paths = {file: data_dir / cifar10.base_folder / file for file, _ in files}
     if not all(check_integrity(paths[file], md5) for file, md5 in files):
@@ -159,9 +161,10 @@ def _load_digits():
 def _resize(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] == size:
         return images
-    resize = torchvision.transforms.functional.resize
-    bicubic = torchvision.transforms.InterpolationMode.BICUBIC
-    return torch.cat([resize(chunk, [size, size], bicubic, antialias=True) for chunk in images.split(4096)])
+    from torchvision.transforms.functional import InterpolationMode, resize
+
+    chunks = images.split(4096)
+    return torch.cat([resize(chunk, [size, size], InterpolationMode.BICUBIC, antialias=True) for chunk in chunks])
 
 
 def _one_line(error: Exception) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from checkpoint import atomic_path
 from errors import RunFailed
@@ -25,9 +24,11 @@ def grid_image(images: Tensor, columns: int | None = None) -> Image.Image:
     if not torch.isfinite(images).all():
         raise RunFailed("the images have values that are not finite; no picture was written")
     columns = columns or math.ceil(math.sqrt(len(images)))
-    grid = make_grid((images.clamp(-1, 1) + 1) / 2, nrow=columns, padding=1, pad_value=1.0)
-    pixels = (grid * 255).round().byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels)
+    rows, (height, width) = math.ceil(len(images) / columns), images.shape[-2:]
+    pixels = ((images.clamp(-1, 1) + 1) / 2 * 255).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    picture = Image.new("RGB", (columns * (width + 1) + 1, rows * (height + 1) + 1), "white")
+    for i, image in enumerate(pixels):
+        picture.paste(Image.fromarray(image), (i % columns * (width + 1) + 1, i // columns * (height + 1) + 1))
     zoom = max(1, SMALLEST_SIDE // images.shape[-1])
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 

@@ -7,10 +7,12 @@ import io
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -28,14 +30,25 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 # few timesteps make the grid of samples quick: it takes no more steps than there are
 TINY = ["--dataset", "digits", "--batch-size", "16", "--timesteps", "8", "--precision", "fp32", "--log-every", "5"]
 TINY += ["--compile", "off"]  # many a test starts a long run and stops it early
+EVERY = ["--log-every", 1, "--save-every", 1, "--sample-every", 1000]
+
+
+def as_from_a_shell() -> None:
+    """Stop signals as they are for a command of a shell; the tests may run where some are ignored, as under nohup."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def temporary_files(folder: Path) -> list[Path]:
+    """Where a write was not finished."""
+    return list(folder.rglob(".*.tmp"))
 
 
 def start_command(script: Path | str, *arguments, prepare: Callable[[], None] | None = None, **options):
-    """A command as a process of its own. prepare: called in that process just before the command starts."""
+    """A command in a fresh interpreter. prepare: called in that process just before the command starts."""
 
     def before_start() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where a shell had it ignored,
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or under nohup
+        as_from_a_shell()
         if prepare is not None:
             prepare()
 
@@ -52,7 +65,7 @@ def start_torchrun(processes: int, *arguments) -> subprocess.Popen:
 
 
 def run_command(script: Path | str, *arguments, prepare=None, cwd=None, **environment) -> subprocess.CompletedProcess:
-    """Run a command to its end, in any current folder; its output as text."""
+    """Run a command to its end in a fresh interpreter, in any current folder; its output as text."""
     process = start_command(script, *arguments, prepare=prepare, cwd=cwd, env=ENVIRONMENT | environment)
     try:
         out, err = process.communicate(timeout=300)
@@ -61,36 +74,93 @@ def run_command(script: Path | str, *arguments, prepare=None, cwd=None, **enviro
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def _forked(argv: list[str], output: Path) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+def _forked(argv: list[str], prepare: Callable[[], None] | None, environment: dict[str, str], *pipes) -> None:
+    as_from_a_shell()
+    for number, pipe in enumerate(pipes, start=1):
+        os.dup2(pipe.fileno(), number)
+        pipe.close()
+    os.environ.update(environment)
     sys.argv = argv
-    command_line.run(argv[0], importlib.import_module(argv[0].removesuffix(".py")).main)
+    main = importlib.import_module(argv[0].removesuffix(".py")).main
+    if prepare is not None:
+        prepare()
+    command_line.run(argv[0], main)
 
 
-def start_forked(script: str, *arguments, output: Path) -> multiprocessing.Process:
-    """As `start_command`, without the seconds of the imports: a process forked from one that has done them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "train", "sklearn.datasets", "matplotlib.figure", "torch._dynamo"])
-    process = context.Process(target=_forked, args=([script, *map(str, arguments)], output))
-    process.start()
-    return process
+class start_forked:  # beside start_command
+    """As `start_command`, without the seconds of the imports: a process forked from one that has done them.
+
+    It has the parts of subprocess.Popen that the tests use. `prepare` is a function of a module or a partial of one.
+    """
+
+    def __init__(self, script: str, *arguments, prepare: Callable[[], None] | None = None, **environment: str):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["conftest", "train", "sample", "compare", "sklearn.datasets", "matplotlib.figure", "torch._dynamo"]
+        )
+        readers, writers = zip(*(context.Pipe(duplex=False) for _ in range(2)), strict=True)
+        argv = [script, *map(str, arguments)]
+        self._process = context.Process(target=_forked, args=(argv, prepare, environment, *writers))
+        self._process.start()
+        for writer in writers:
+            writer.close()
+        threads = ThreadPoolExecutor(len(readers))
+        self._output = [threads.submit(self._read, reader) for reader in readers]
+        threads.shutdown(wait=False)
+
+    @staticmethod
+    def _read(reader) -> str:
+        with reader, os.fdopen(os.dup(reader.fileno()), errors="surrogateescape") as file:
+            return file.read()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    returncode = property(poll)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        out, err = (output.result(timeout) for output in self._output)
+        self._process.join(timeout)
+        return out, err
+
+
+def start_ranks(processes: int, *arguments) -> list[start_forked]:
+    """`train.py` in several forked processes, with the environment that torchrun makes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    ranks = map(str, range(processes))
+    return [start_forked("train.py", *arguments, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ranks]
+
+
+def run_forked(script: str, *arguments, prepare=None, **environment) -> subprocess.CompletedProcess:
+    """As `run_command`, by `start_forked`."""
+    process = start_forked(script, *arguments, prepare=prepare, **environment)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess([script, *arguments], process.returncode, out, err)
 
 
 def wait_for(condition, process) -> None:
     """Wait until the condition holds, as long as the process runs."""
     deadline = time.monotonic() + 120
     while not condition():
-        ended = process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
-        assert ended is None, ended
+        assert process.poll() is None, process.poll()
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
 def train_tiny(output_dir: Path, *arguments) -> Path:
-    """Train on digits for a few steps; the run folder."""
+    """Train on digits for a few steps in a fresh interpreter; the run folder."""
     done = run_command("train.py", *TINY, "--output-dir", output_dir, *arguments)
     assert done.returncode == 0, done.stderr
     return sorted(output_dir.iterdir())[-1]

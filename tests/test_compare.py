@@ -7,7 +7,7 @@ import signal
 from unittest import mock
 
 import pytest
-from conftest import call, refused, run_command, start_command, wait_for
+from conftest import call, refused, run_command, run_forked, start_forked, wait_for
 
 import compare
 import speed
@@ -87,14 +87,14 @@ def test_an_interrupted_comparison_ends_with_the_same_figures(tmp_path):
     options = ["--arms", "inspired", "--reference", "inspired", "--lrs", 4e-3, "--amount", 800]
     whole = compared(tmp_path / "whole", *options, "--seeds", 2)
     options += ["--output-dir", tmp_path / "part"]
-    process = start_command("compare.py", *TINY, *options, "--seeds", 2)
+    process = start_forked("compare.py", *TINY, *options, "--seeds", 2)
     wait_for(lambda: list(tmp_path.glob("part/runs/*seed1*/*/checkpoint.pt")), process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.strip().splitlines()[-1] == "compare.py: interrupted: the same command goes on from here"
     assert [row["seed"] for row in table(tmp_path / "part/comparison.csv")] == ["0"]
-    done = run_command("compare.py", *TINY, *options, "--seeds", 2)
+    done = run_forked("compare.py", *TINY, *options, "--seeds", 2)
     assert done.returncode == 0, done.stderr
     part = table(tmp_path / "part/comparison.csv")
     assert [{k: v for k, v in row.items() if k != "seconds"} for row in part] == [

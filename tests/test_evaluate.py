@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FEW_DRAWN, call, run_command, short_run
+from conftest import FEW_DRAWN, call, run_forked, short_run
 from PIL import Image
 
 import evaluate
@@ -38,7 +38,7 @@ def digits_report(short_digits_run):
     """From the shell, into the run folder, asking for an FID that cannot be had."""
     empty = short_digits_run.parent / "torch"
     options = ["--checkpoint", short_digits_run, *FEW_DRAWN, "--fid"]
-    done = run_command("evaluate.py", *options, TORCH_HOME=str(empty), no_proxy="", **NO_NETWORK)
+    done = run_forked("evaluate.py", *options, TORCH_HOME=str(empty), no_proxy="", **NO_NETWORK)
     assert done.returncode == 0, done.stderr
     return json.loads((short_digits_run / "evaluation.json").read_text()), done.stdout
 

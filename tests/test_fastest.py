@@ -116,13 +116,13 @@ def test_the_fast_way_costs_no_quality(tmp_path):
 
     def held_out(seed, **options):
         config = TrainConfig(
-            dataset="digits", epochs=None, steps=300, sample_every=300, draw_grids=False, timesteps=20, seed=seed,
+            dataset="digits", epochs=None, steps=150, sample_every=150, draw_grids=False, timesteps=20, seed=seed,
             model_config={"channels": (8, 8, 8), "ode_steps": (1, 2, 2)}, output_dir=str(tmp_path), device="cpu",
             **options,
         )  # fmt: skip
         run = train(config, on_progress=lambda _: None)
         return float((run / "metrics.csv").read_text().splitlines()[-1].split(",")[-1])
 
-    plain = [held_out(seed, precision="fp32", compile="off") for seed in range(4)]
-    fast = [held_out(seed, precision="bf16", compile="on") for seed in range(2)]
-    assert all(abs(a - b) < max(plain) - min(plain) for a, b in zip(fast, plain, strict=False)), (plain, fast)
+    plain = [held_out(seed, precision="fp32", compile="off") for seed in range(3)]
+    fast = held_out(0, precision="bf16", compile="on")
+    assert abs(fast - plain[0]) < max(plain) - min(plain), (plain, fast)

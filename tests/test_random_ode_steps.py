@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import call, rows, train_tiny
+from conftest import call, rows, trained
 
 import train as train_command
 from hardware import Processes
@@ -50,7 +50,7 @@ def test_a_training_step_is_that_of_a_model_with_the_drawn_number_of_steps():
 
 
 def test_a_run_is_measured_saved_and_read_with_the_model_s_own_steps(tmp_path):
-    run = train_tiny(tmp_path, "--random-ode-steps", "--steps", 12)
+    run = trained(tmp_path, "--random-ode-steps", "--steps", 12)
     model, scheduler, about = load_model(run)
     assert about["model_config"]["random_steps"] is True
     assert [cell.num_steps for cell in model.processor.cells.values()] == [3, 5, 7]
@@ -88,6 +88,6 @@ def test_half_the_steps_cost_it_less_than_a_model_that_always_saw_the_same(tmp_p
 def test_only_the_true_model_has_steps_and_a_resumed_run_keeps_what_it_had(tmp_path):
     code, out, err = call(train_command, "--model", "inspired", "--random-ode-steps", "--dataset", "digits")
     assert (code, out) == (2, "") and err.startswith("train.py: error: --random-ode-steps: only the true model")
-    run = train_tiny(tmp_path, "--steps", 3)
+    run = trained(tmp_path, "--steps", 3)
     code, out, err = call(train_command, "--resume", run, "--random-ode-steps")
     assert (code, out) == (2, "") and "--random-ode-steps: True contradicts --resume" in err

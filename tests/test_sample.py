@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import call, refused, run_command, trained
+from conftest import call, refused, run_command, run_forked, trained
 from PIL import Image
 
 import sample
@@ -66,7 +66,7 @@ def test_a_run_and_its_file_give_the_same_bytes_in_a_folder_that_is_made(digits_
     options = ["--num-images", 9, "--steps", 8, "--device", "cpu", "--seed", 3]
     a, b = tmp_path / "new" / "folder" / "a.png", tmp_path / "b.png"
     for checkpoint, path in ((digits_run, a), (digits_run / "model.safetensors", b)):
-        done = run_command("sample.py", "--checkpoint", checkpoint, "--output", path, *options)
+        done = run_forked("sample.py", "--checkpoint", checkpoint, "--output", path, *options)
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"{path}\n"
     assert a.read_bytes() == b.read_bytes()

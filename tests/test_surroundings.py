@@ -8,15 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import (
-    ROOT,
-    TINY,
-    call,
-    refused,
-    rows,
-    run_command,
-    trained,
-)
+from conftest import ROOT, TINY, call, refused, rows, run_command, trained
 from PIL import Image
 
 import train

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, call, refused, rows, run_command, start_torchrun, train_tiny, trained
+from conftest import TINY, call, refused, rows, run_command, run_forked, train_tiny, trained
 from PIL import Image
 
 import sample
@@ -54,9 +54,9 @@ def test_the_same_command_gives_the_same_bytes_and_the_next_id(whole_run):
 
 
 def test_resume_takes_another_budget_and_refuses_another_run(tmp_path):
-    run = train_tiny(tmp_path, "--steps", 10)
-    done = run_command("train.py", "--resume", run, "--steps", 15)
-    assert done.returncode == 0, done.stderr
+    run = trained(tmp_path, "--steps", 10)
+    code, _, err = call(train, "--resume", run, "--steps", 15)
+    assert code == 0, err
     assert read_resume(run / "checkpoint.pt")["step"] == 15
     for flag, value in (("--model", "inspired"), ("--seed", "7"), ("--batch-size", "4"), ("--solver", "exponential")):
         error = refusal(["--resume", run, flag, value])
@@ -67,35 +67,19 @@ def test_resume_takes_another_budget_and_refuses_another_run(tmp_path):
         assert "config.json" in refusal(["--resume", run])
 
 
-@pytest.mark.parametrize("processes, batch_size", [(2, 16), (3, 10)])
-def test_several_processes_follow_one(processes, batch_size, tmp_path):
-    options = [*TINY, "--steps", 20, "--log-every", 1, "--batch-size", batch_size]  # the last of two flags holds
-    one = run_command("train.py", *options, "--output-dir", tmp_path / "one")
-    assert one.returncode == 0, one.stderr
-    many = start_torchrun(processes, *options, "--output-dir", tmp_path / "many")
-    _, errors = many.communicate(timeout=300)
-    assert many.returncode == 0, errors
-    (a,), (b,) = ((tmp_path / name).iterdir() for name in ("one", "many"))
-    losses = [torch.tensor([float(row["loss"]) for row in rows(run)]) for run in (a, b)]
-    assert len(losses[0]) == 20
-    assert (losses[0] - losses[1]).abs().max() < 1e-5
-    assert abs(float(rows(a)[-1]["held_out_loss"]) - float(rows(b)[-1]["held_out_loss"])) < 1e-5
-
-
 def test_minutes_bound_a_run(tmp_path):
     started = time.monotonic()
-    run = train_tiny(tmp_path, "--minutes", 0.05)
-    trained = float(rows(run)[-1]["seconds"])
-    assert 3 <= trained < time.monotonic() - started
+    run = trained(tmp_path, "--minutes", 0.05)
+    assert 3 <= float(rows(run)[-1]["seconds"]) < time.monotonic() - started
     assert float(rows(run)[-1]["lr"]) < 0.1 * max(float(row["lr"]) for row in rows(run))  # the schedule came to its end
     assert (run / "model.safetensors").exists()
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path):
-    done = run_command("train.py", *TINY, "--steps", 1234, "--dry-run", "--output_dir", tmp_path / "runs")
-    assert done.returncode == 0, done.stderr
+    code, out, err = call(train, *TINY, "--steps", 1234, "--dry-run", "--output_dir", tmp_path / "runs")
+    assert code == 0, err
     for word in ("cpu", "parameters", "multiply-adds", "digits", "1,234 steps", "00000-true-digits"):
-        assert word in done.stdout
+        assert word in out
     assert not (tmp_path / "runs").exists()
 
 
@@ -277,5 +261,5 @@ def test_a_refusal_leaves_the_shell_with_2_and_one_line():
 
 def test_without_the_data_sets_host_the_file_to_place_is_named(tmp_path):
     proxy = "http://127.0.0.1:9"  # nothing listens there
-    done = run_command("train.py", "--data-dir", tmp_path, http_proxy=proxy, https_proxy=proxy)
+    done = run_forked("train.py", "--data-dir", tmp_path, http_proxy=proxy, https_proxy=proxy)
     refused(done, f"{tmp_path}/cifar-10-python.tar.gz", "--dataset digits")

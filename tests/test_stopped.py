@@ -1,0 +1,139 @@
+"""Runs that are killed or told to stop: at most the work since the last save is lost."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import (
+    EVERY,
+    TINY,
+    call,
+    refused,
+    rows,
+    run_forked,
+    same,
+    start_command,
+    start_forked,
+    temporary_files,
+    trained,
+    wait_for,
+)
+
+import train
+from checkpoint import read_model, read_resume
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults are made with Linux's means")
+
+
+def same_run(whole: Path, part: Path) -> None:
+    """Check that two runs ended with the same bits: weights, average, optimizer, and every figure but the seconds."""
+    a, b = read_resume(whole / "checkpoint.pt"), read_resume(part / "checkpoint.pt")
+    for name in ("model", "ema", "optimizer", "step"):
+        assert same(a[name], b[name]), name
+    assert (whole / "model.safetensors").read_bytes() == (part / "model.safetensors").read_bytes()
+    columns = ("step", "images", "loss", "lr", "held_out_loss")
+    assert [[row[c] for c in columns] for row in rows(whole)] == [[row[c] for c in columns] for row in rows(part)]
+
+
+def test_killed_at_twenty_moments_a_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
+    options = [*TINY, "--batch-size", 4, *EVERY, "--steps", 400]
+    whole = trained(tmp_path / "whole", "--batch-size", 4, "--log-every", 1, "--sample-every", 1000, "--steps", 400)
+    moments = random.Random(0)
+    arguments, saved_at, steps = [*options, "--output-dir", tmp_path / "part"], 0, []
+    for _ in range(20):
+        process = start_forked("train.py", *arguments)
+        checkpoint = tmp_path / "part/00000-true-digits/checkpoint.pt"
+        wait_for(lambda: checkpoint.exists() and checkpoint.stat().st_mtime_ns > saved_at, process)  # noqa: B023
+        time.sleep(moments.uniform(0, 0.08))  # a few steps, half of whose time goes into saving
+        process.kill()
+        process.communicate(timeout=60)
+        saved_at = checkpoint.stat().st_mtime_ns
+        read_model(checkpoint.parent)
+        steps.append(read_resume(checkpoint)["step"])
+        arguments = ["--resume", checkpoint.parent]
+    assert steps == sorted(set(steps)) and steps[-1] < 400, steps  # each run went on, and none had come to its end
+    done = run_forked("train.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    same_run(whole, checkpoint.parent)
+    assert not temporary_files(tmp_path)
+
+
+def test_a_run_killed_between_its_two_files_goes_on_from_the_older(tmp_path, monkeypatch):
+    whole = trained(tmp_path / "whole", *EVERY, "--steps", 6)
+    part = trained(tmp_path / "part", *EVERY, "--steps", 6)
+    before = (part / "checkpoint.pt").read_bytes()
+    code, _, err = call(train, "--resume", part, "--steps", 8)
+    assert code == 0, err
+    (part / "checkpoint.pt").write_bytes(before)  # step 6 beside the weights of step 8
+    for run in (whole, part):
+        code, _, err = call(train, "--resume", run, "--steps", 9)
+        assert code == 0, err
+    same_run(whole, part)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Path, list]:
+    """A run and its options: 300 steps of 16 images, past the first epoch's end at step 110."""
+    # a log line every 7 steps, so that an interruption falls between two of them but for one time in seven
+    options = ["--steps", 300, "--log-every", 7, "--save-every", 1000, "--sample-every", 1000]
+    return trained(tmp_path_factory.mktemp("uninterrupted"), *options), options
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_stopped_run_saves_and_goes_on_bit_for_bit(number, uninterrupted, tmp_path):
+    whole, options = uninterrupted
+    process = start_forked("train.py", *TINY, *options, "--output-dir", tmp_path)
+    metrics = tmp_path / "00000-true-digits/metrics.csv"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    part = metrics.parent
+    step = read_resume(part / "checkpoint.pt")["step"]
+    assert 21 <= step < 300
+    said = errors.strip().splitlines()[-1]
+    assert said == f"train.py: interrupted: step {step} is saved; go on with --resume {part}"
+    code, _, err = call(train, "--resume", part)
+    assert code == 0, err
+    same_run(whole, part)
+
+
+def test_a_signal_that_was_ignored_from_the_start_stays_ignored(tmp_path):
+    """As under nohup: closing the terminal does not stop the run."""
+    ignored = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    process = start_forked("train.py", *TINY, *EVERY, "--steps", 40, "--output-dir", tmp_path, prepare=ignored)
+    wait_for(lambda: list(tmp_path.glob("*/checkpoint.pt")), process)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+def test_a_second_signal_stops_at_once_and_leaves_whole_files(tmp_path):
+    process = start_forked("train.py", *TINY, *EVERY, "--steps", 100_000, "--output-dir", tmp_path)
+    run = tmp_path / "00000-true-digits"
+    wait_for((run / "checkpoint.pt").exists, process)
+    process.send_signal(signal.SIGSTOP)  # so that both signals are there before the process can act on either
+    step = read_resume(run / "checkpoint.pt")["step"]
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=120)
+    done = subprocess.CompletedProcess([], process.returncode, "", errors)
+    refused(done, f"interrupted: the files in {run} are those of the last save", code=130)
+    assert step <= read_resume(run / "checkpoint.pt")["step"] <= step + 1  # one more if it was being renamed
+    read_model(run)
+    assert not temporary_files(run)
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_ctrl_c_while_torch_is_imported_ends_in_one_line(script):
+    process = start_command(script, "--help")
+    wait_for(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out, errors) == (130, "", "interrupted\n")
