@@ -103,9 +103,12 @@ class Experiment:
         """The training of an arm over `amount` of the budget."""
         steps = max(1, round(self.images(arm, amount) / self.settings.batch_size))
         every = max(1, steps // MEASUREMENTS)
-        shared = arm_config(self.settings, arm)
+        curve = amount == self.settings.amount  # of a short run of the sweep, its end alone counts
         return replace(
-            shared, steps=steps, lr=lr, seed=seed, output_dir=str(folder), sample_every=every, save_every=every
+            arm_config(self.settings, arm),
+            **{"steps": steps, "lr": lr, "seed": seed, "output_dir": str(folder)},
+            sample_every=every if curve else steps,
+            save_every=every,
         )
 
     def folder_of(self, arm: str, lr: float, seed: int, share: float) -> Path:

@@ -74,6 +74,15 @@ def test_each_arm_takes_the_rate_that_was_best_for_it_in_the_sweep(experiment):
         assert {row["lr"] for row in rows if row["arm"] == arm} == {best}
 
 
+def test_the_short_runs_of_a_sweep_are_measured_at_their_end_alone(experiment):
+    """A measurement of a large model costs as much as hundreds of its steps; curves are drawn of the whole runs."""
+    measured = {
+        share: [sum(bool(row["held_out_loss"]) for row in table(path)) for path in experiment[0].glob(f"runs/{runs}")]
+        for share, runs in (("half", "*share0.5/*/metrics.csv"), ("whole", "*share1/*/metrics.csv"))
+    }
+    assert measured == {"half": [1] * 4, "whole": [2] * 4}
+
+
 def test_the_same_command_again_trains_nothing_and_says_the_same(experiment):
     folder, options, rows = experiment
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/checkpoint.pt")}
