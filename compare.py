@@ -13,34 +13,41 @@ to what costs.csv, comparison.csv, sweep.csv and curves.csv hold.
 import interrupted_import  # noqa: F401  # isort: skip
 
 import argparse
-import csv
 import json
-from dataclasses import dataclass, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import RESUME_FILE, atomic_path, check_writable, run_folders, save_json
+from checkpoint import atomic_path, check_writable, run_folders, save_json
 from command_line import Parser, integer, number, run
 from comparison import Cost, Point, Result, markdown, read_rows, save_curves, save_rows
 from diffusion import PREDICTION_TYPES, SCHEDULES, DDPMScheduler, sample_images
 from errors import UserError
+from experiment import Experiment, Training, arm_config, run_all
 from hardware import DEVICES, Processes, choose_device, keep_freed_memory
 from image_data import DATASETS, ImageData, held_out_bank, load_images
 from models import ARMS, build_model, count_parameters, load_model, multiply_adds, training_multiply_adds
 from pictures import save_labelled_rows
 from speed import machine_name, training_rates
 from train_config import TrainConfig
-from training import failures_named, train
+from training import failures_named
 from validation import held_out_loss
 from wiener import fit_wiener
 
 BUDGETS = ("images", "flops", "seconds")
 DRAWN = 10  # images of each arm in grid.png
-MEASUREMENTS = 10  # held-out losses along a training, for the curves
 TOLERANCE = 0.01  # of the budget, within which every training has to end
-OWN = {"arms", "seeds", "reference", "device", "data_dir", "output_dir"}  # flags that a repeated command may change
+OWN = {
+    "arms",
+    "seeds",
+    "reference",
+    "jobs",
+    "device",
+    "data_dir",
+    "output_dir",
+}  # flags that a repeated command may change
 LARGEST_WIENER = 4096  # values an image, for which an eigendecomposition is a matter of a minute
 
 
@@ -69,6 +76,10 @@ def parser() -> Parser:
         "--sweep-share", type=number("from 0 to 1", lambda v: 0 < v <= 1), default=1.0,
         help="of the amount, a rate of the sweep; short sweeps prefer rates that are too high for the whole amount",
     )  # fmt: skip
+    p.add_argument(
+        "--jobs", type=integer(1, 1000), default=1,
+        help="trainings side by side, each with its part of the threads; small models train more images a second so",
+    )  # fmt: skip
     p.add_argument("--dataset", choices=DATASETS, default=default.dataset, help="what to learn")
     p.add_argument("--data-dir", default=default.data_dir, help="where data sets are kept; the images of `folder`")
     p.add_argument("--image-size", type=integer(4, 4096), help="resize to this side")
@@ -81,95 +92,6 @@ def parser() -> Parser:
     p.add_argument("--compile", action="store_true", help="torch.compile every arm")
     p.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu")
     return p
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What all trainings of a comparison share."""
-
-    settings: argparse.Namespace
-    data: ImageData
-    folder: Path
-    costs: dict[str, Cost]
-
-    def images(self, arm: str, amount: float) -> float:
-        """How many images an arm may train on with `amount` of the budget."""
-        budget = self.settings.budget
-        if budget == "seconds":
-            return amount * self.costs[arm].images_per_second
-        return amount / self.costs[arm].training_multiply_adds if budget == "flops" else amount
-
-    def config(self, arm: str, lr: float, seed: int, amount: float, folder: Path) -> TrainConfig:
-        """The training of an arm over `amount` of the budget."""
-        steps = max(1, round(self.images(arm, amount) / self.settings.batch_size))
-        every = max(1, steps // MEASUREMENTS)
-        curve = amount == self.settings.amount  # of a short run of the sweep, its end alone counts
-        return replace(
-            arm_config(self.settings, arm),
-            **{"steps": steps, "lr": lr, "seed": seed, "output_dir": str(folder)},
-            sample_every=every if curve else steps,
-            save_every=every,
-        )
-
-    def folder_of(self, arm: str, lr: float, seed: int, share: float) -> Path:
-        """Where the run folder of a training is made."""
-        name = f"{arm.replace(':', '-').replace('=', '-')}-lr{lr:g}-seed{seed}-share{share:g}"
-        return self.folder / "runs" / name
-
-    def run(self, arm: str, lr: float, seed: int, share: float, bar: tqdm) -> tuple[Result, list[Point]]:
-        """Train, or go on with, one training over a share of the amount; (its result, its curve)."""
-        folder, done = self.folder_of(arm, lr, seed, share), 0.0
-        amount = share * self.settings.amount
-        cost, seconds = self.costs[arm], self.seconds(arm, share)
-        started = [path for path in run_folders(folder) if (path / RESUME_FILE).exists()]
-
-        def advance(progress: float) -> None:
-            nonlocal done
-            pass_time(bar, seconds * (min(progress, 1) - done))
-            done = min(progress, 1)
-
-        bar.set_description(f"{arm} lr {lr:g} seed {seed}")
-        config = self.config(arm, lr, seed, amount, folder)
-        finished = train(config, resume=started[-1] if started else None, data=self.data, on_progress=advance)
-        advance(1)
-        with open(finished / "metrics.csv", newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["held_out_loss"]]
-        measured = [(int(row["images"]), float(row["held_out_loss"])) for row in rows]
-        curve = [Point(arm, seed, images, images / cost.images_per_second, loss) for images, loss in measured]
-        images, loss = measured[-1]
-        result = Result(
-            arm=arm,
-            seed=seed,
-            parameters=cost.parameters,
-            multiply_adds=cost.multiply_adds,
-            lr=lr,
-            images=images,
-            training_multiply_adds=float(images * cost.training_multiply_adds),
-            seconds=images / cost.images_per_second,
-            eps_mse=loss,
-        )
-        off = images / self.images(arm, amount) - 1
-        if abs(off) > TOLERANCE:
-            bar.write(f"{arm}, seed {seed}: ended {off:+.1%} off its budget: a step is too large a part of it")
-        return result, curve
-
-    def seconds(self, arm: str, share: float) -> float:
-        """How long a training over a share of the amount takes."""
-        return self.images(arm, share * self.settings.amount) / self.costs[arm].images_per_second
-
-
-def arm_config(s: argparse.Namespace, arm: str) -> TrainConfig:
-    """What every training of an arm shares; how long, at which rate and with which seed is left open."""
-    model, model_config = ARMS[arm]
-    own = ("dataset", "data_dir", "image_size", "batch_size", "timesteps", "schedule", "prediction_type", "precision")
-    return TrainConfig(
-        model=model,
-        model_config=model_config,
-        **{name: getattr(s, name) for name in (*own, "device")},
-        compile="on" if s.compile else "off",
-        epochs=None,
-        draw_grids=False,
-    )
 
 
 def arm_costs(s: argparse.Namespace, data: ImageData, folder: Path) -> dict[str, Cost]:
@@ -197,11 +119,6 @@ def arm_costs(s: argparse.Namespace, data: ImageData, folder: Path) -> dict[str,
         costs[arm] = Cost(arm, count_parameters(network), forward, training, rates[arm], here)
     save_rows(list(costs.values()), path)
     return costs
-
-
-def pass_time(bar: tqdm, amount: float) -> None:
-    """Move the bar, and never past its end by a rounding."""
-    bar.update(min(amount, bar.total - bar.n))
 
 
 def main() -> None:
@@ -243,7 +160,7 @@ def drawn(experiment: Experiment, results: list[Result]) -> dict[str, torch.Tens
     """Images of every arm whose weights of seed 0 are there, all from the same noise."""
     images = {}
     for result in results:
-        folders = run_folders(experiment.folder_of(result.arm, result.lr, 0, 1))
+        folders = run_folders(experiment.folder_of(Training(result.arm, result.lr, 0, 1)))
         if result.seed == 0 and folders:
             model, scheduler, about = load_model(folders[-1])
             model.to(choose_device(experiment.settings.device))
@@ -279,30 +196,39 @@ def train_all(experiment: Experiment) -> tuple[list[Result], list[Point]]:
             read_rows(Point, folder / "curves.csv"),
         )
     )
-    swept = len(s.lrs) if len(s.lrs) > 1 else 0
-    total = sum(s.seeds * experiment.seconds(arm, 1) + swept * experiment.seconds(arm, s.sweep_share) for arm in s.arms)
+    arms = list(dict.fromkeys([row.arm for row in (*results, *sweep)] + s.arms))
+
+    def save(rows: list, name: str) -> None:
+        if rows:
+            rows.sort(key=lambda row: (arms.index(row.arm), *astuple(row)[1:]))
+            save_rows(rows, folder / name)
+
+    lrs = s.lrs if len(s.lrs) > 1 else []
+    swept, trained = {(row.arm, row.lr) for row in sweep}, {(row.arm, row.seed) for row in results}
+    to_sweep = [(arm, lr) for arm in s.arms for lr in lrs if (arm, lr) not in swept]
+    # seed by seed, so that an interrupted comparison has as much of every arm
+    to_train = [(arm, seed) for seed in range(s.seeds) for arm in s.arms if (arm, seed) not in trained]
+    total = sum(experiment.seconds(arm, s.sweep_share) for arm, _ in to_sweep)
+    total += sum(experiment.seconds(arm, 1) for arm, _ in to_train)
     form = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=total, bar_format=form, mininterval=1) as bar:
-        for arm in s.arms:
-            for lr in s.lrs if swept else []:
-                if any((row.arm, row.lr) == (arm, lr) for row in sweep):
-                    pass_time(bar, experiment.seconds(arm, s.sweep_share))
-                    continue
-                sweep.append(experiment.run(arm, lr, 0, s.sweep_share, bar)[0])
-                save_rows(sweep, folder / "sweep.csv")
-            lr = min((row for row in sweep if row.arm == arm), key=lambda row: row.eps_mse).lr if swept else s.lrs[0]
-            for seed in range(s.seeds):
-                if any((row.arm, row.seed) == (arm, seed) for row in results):
-                    pass_time(bar, experiment.seconds(arm, 1))
-                    continue
-                result, curve = experiment.run(arm, lr, seed, 1, bar)
-                results.append(result)
-                points += curve
-                save_rows(points, folder / "curves.csv")
-                save_rows(results, folder / "comparison.csv")  # the last: what it has is finished
+        trainings = [Training(arm, lr, 0, s.sweep_share) for arm, lr in to_sweep]
+        for _, result, _ in run_all(experiment, trainings, bar, s.jobs):
+            sweep.append(result)
+            save(sweep, "sweep.csv")
+        best_last = sorted(sweep, key=lambda row: row.eps_mse, reverse=True)
+        rates = {row.arm: row.lr for row in best_last} if lrs else dict.fromkeys(s.arms, s.lrs[0])
+        trainings = [Training(arm, rates[arm], seed, 1) for arm, seed in to_train]
+        for training, result, curve in run_all(experiment, trainings, bar, s.jobs):
+            results.append(result)
+            points += curve
+            save(points, "curves.csv")
+            save(results, "comparison.csv")  # the last: what it has is finished
+            off = result.images / experiment.images(training.arm, 1) - 1
+            if abs(off) > TOLERANCE:
+                bar.write(f"{training}: ended {off:+.1%} off its budget: a step is too large a part of it")
     for rows, name in ((sweep, "sweep.csv"), (points, "curves.csv"), (results, "comparison.csv")):
-        if rows:
-            save_rows(rows, folder / name)  # their seconds may be another machine's
+        save(rows, name)  # their seconds may be another machine's
     return results, points
 
 

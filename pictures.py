@@ -94,6 +94,7 @@ def save_loss_curves(metrics: Path, path: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
     axes.set(xlabel="images seen", ylabel="mean squared error", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -1,13 +1,17 @@
 """`compare.py` as a user meets it: equal conditions, budgets that hold, an interruption that costs nothing."""
 
+import contextlib
 import csv
 import json
+import os
 import shutil
 import signal
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import call, refused, run_command, run_forked, start_forked, wait_for
+from conftest import call, refused, run_command, run_forked, start_command, start_forked, wait_for
 
 import compare
 import speed
@@ -20,7 +24,7 @@ TINY = ["--dataset", "digits", "--timesteps", 8, "--batch-size", 8, "--device", 
 
 def compared(folder, *options) -> list[dict[str, str]]:
     """The rows of comparison.csv of a tiny comparison, with few measurements on the way and quick ones of speed."""
-    with mock.patch.object(compare, "MEASUREMENTS", 2), mock.patch.object(speed, "SECONDS", 0.01):
+    with mock.patch("experiment.MEASUREMENTS", 2), mock.patch.object(speed, "SECONDS", 0.01):
         code, _, err = call(compare, *TINY, "--output-dir", folder, *options)
     assert code == 0, err
     return table(folder / "comparison.csv")
@@ -109,6 +113,51 @@ def test_an_interrupted_comparison_ends_with_the_same_figures(tmp_path):
     assert [{k: v for k, v in row.items() if k != "seconds"} for row in part] == [
         {k: v for k, v in row.items() if k != "seconds"} for row in whole
     ]
+
+
+def processes_that_train(parent: int) -> set[int]:
+    """The ids of those that a comparison has started."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            started_by = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if started_by == parent and b"spawn_main" in (folder / "cmdline").read_bytes():
+                found.add(int(folder.name))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_trainings_side_by_side_end_with_the_figures_of_one_after_the_other_also_when_interrupted(experiment, tmp_path):
+    folder, options, rows = experiment
+    for name in ("costs.csv", "comparison.json", "sweep.csv"):
+        shutil.copy(folder / name, tmp_path / name)
+    options = [*TINY, *options, "--sweep-share", 0.5, "--reference", "inspired", "--jobs", 2, "--output-dir", tmp_path]
+    process = start_command("compare.py", *options)
+    wait_for(lambda: len(list(tmp_path.glob("runs/*share1/*/checkpoint.pt"))) > 1, process)
+    below = processes_that_train(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.strip().splitlines()[-1] == "compare.py: interrupted: the same command goes on from here"
+    assert len(below) == 2 and not any(Path(f"/proc/{child}").exists() for child in below)
+    saved = {path.parent: read_resume(path)["step"] for path in tmp_path.glob("runs/*share1/*/checkpoint.pt")}
+    done = run_command("compare.py", *options)
+    assert done.returncode == 0, done.stderr
+    assert all(read_resume(run / "checkpoint.pt")["step"] >= step for run, step in saved.items())
+    assert table(tmp_path / "comparison.csv") == rows
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_training_whose_process_is_killed_ends_the_comparison_in_one_line(tmp_path):
+    options = [*TINY, "--arms", "true:pooled", "--lrs", 4e-3, "--amount", 80_000, "--seeds", 2, "--jobs", 2]
+    process = start_command("compare.py", *options, "--output-dir", tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("runs/*/*/metrics.csv"))) > 1, process)
+    os.kill(min(processes_that_train(process.pid)), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    last = errors.strip().splitlines()[-1]
+    assert process.returncode == 1 and last.startswith("compare.py: failed: true:pooled lr 0.004 seed "), errors
+    assert last.endswith(": its process was ended; the same command goes on from here")
+    assert len(list(tmp_path.glob("runs/*/*/checkpoint.pt"))) == 1  # the other one has saved
 
 
 def test_a_sweep_of_the_whole_amount_is_the_first_seed_of_the_best_rate(tmp_path):

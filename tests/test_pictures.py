@@ -53,6 +53,12 @@ def test_named_grids_stand_side_by_side_under_their_names(tmp_path):
     assert caption[:, :width].min() < 100 and caption[:, -width:].min() < 100  # something is written above each
 
 
+def test_curves_of_a_run_that_was_stopped_before_its_first_line_are_empty_without_a_warning(tmp_path, recwarn):
+    (tmp_path / "metrics.csv").write_text("step,images,seconds,loss,lr,held_out_loss\n")
+    save_loss_curves(tmp_path / "metrics.csv", tmp_path / "loss.png")
+    assert not recwarn.list
+
+
 def test_curves_take_gaps_in_the_held_out_column(tmp_path):
     with open(tmp_path / "metrics.csv", "w", newline="") as file:
         writer = csv.writer(file)

@@ -1,0 +1,207 @@
+"""The trainings of a comparison: what they share, each by its (arm, rate, seed, share), several side by side."""
+
+import argparse
+import csv
+import multiprocessing
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import RESUME_FILE, run_folders
+from command_line import STOP_SIGNALS
+from comparison import Cost, Point, Result
+from errors import RunFailed, UserError
+from image_data import ImageData
+from models import ARMS
+from train_config import TrainConfig
+from training import train
+
+MEASUREMENTS = 10  # held-out losses along a training, for the curves
+REPORT_EVERY = 0.5  # seconds between two reports of a process on how far it is
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a comparison, over a share of the budget's amount."""
+
+    arm: str
+    lr: float
+    seed: int
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.arm} lr {self.lr:g} seed {self.seed}"
+
+
+def arm_config(s: argparse.Namespace, arm: str) -> TrainConfig:
+    """What every training of an arm shares; how long, at which rate and with which seed is left open."""
+    model, model_config = ARMS[arm]
+    own = ("dataset", "data_dir", "image_size", "batch_size", "timesteps", "schedule", "prediction_type", "precision")
+    return TrainConfig(
+        model=model,
+        model_config=model_config,
+        **{name: getattr(s, name) for name in (*own, "device")},
+        compile="on" if s.compile else "off",
+        epochs=None,
+        draw_grids=False,
+    )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all trainings of a comparison share."""
+
+    settings: argparse.Namespace
+    data: ImageData
+    folder: Path
+    costs: dict[str, Cost]
+
+    def images(self, arm: str, share: float) -> float:
+        """How many images an arm may train on with a share of the budget."""
+        budget, amount = self.settings.budget, share * self.settings.amount
+        if budget == "seconds":
+            return amount * self.costs[arm].images_per_second
+        return amount / self.costs[arm].training_multiply_adds if budget == "flops" else amount
+
+    def seconds(self, arm: str, share: float) -> float:
+        """How long that lasts at the arm's speed."""
+        return self.images(arm, share) / self.costs[arm].images_per_second
+
+    def config(self, training: Training) -> TrainConfig:
+        """How it trains."""
+        steps = max(1, round(self.images(training.arm, training.share) / self.settings.batch_size))
+        every = max(1, steps // MEASUREMENTS)
+        return replace(
+            arm_config(self.settings, training.arm),
+            steps=steps,
+            lr=training.lr,
+            seed=training.seed,
+            output_dir=str(self.folder_of(training)),
+            sample_every=every if training.share == 1 else steps,  # of a short run its end alone counts
+            save_every=every,
+        )
+
+    def folder_of(self, training: Training) -> Path:
+        """Where its run folder is made."""
+        arm = training.arm.replace(":", "-").replace("=", "-")
+        return self.folder / "runs" / f"{arm}-lr{training.lr:g}-seed{training.seed}-share{training.share:g}"
+
+    def run(self, training: Training, advance: Callable[[float], object]) -> tuple[Result, list[Point]]:
+        """Run a training, or go on with it; (its result, its curve). advance: told the seconds that it got further."""
+        arm, seed, cost, done = training.arm, training.seed, self.costs[training.arm], 0.0
+        seconds = self.seconds(arm, training.share)
+        started = [path for path in run_folders(self.folder_of(training)) if (path / RESUME_FILE).exists()]
+
+        def pass_on(progress: float) -> None:
+            nonlocal done
+            advance(seconds * (min(progress, 1) - done))
+            done = min(progress, 1)
+
+        resume = started[-1] if started else None
+        finished = train(self.config(training), resume=resume, data=self.data, on_progress=pass_on)
+        pass_on(1)
+        with open(finished / "metrics.csv", newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["held_out_loss"]]
+        measured = [(int(row["images"]), float(row["held_out_loss"])) for row in rows]
+        curve = [Point(arm, seed, images, images / cost.images_per_second, loss) for images, loss in measured]
+        images, loss = measured[-1]
+        result = Result(
+            arm=arm,
+            seed=seed,
+            parameters=cost.parameters,
+            multiply_adds=cost.multiply_adds,
+            lr=training.lr,
+            images=images,
+            training_multiply_adds=float(images * cost.training_multiply_adds),
+            seconds=images / cost.images_per_second,
+            eps_mse=loss,
+        )
+        return result, curve
+
+
+def run_all(
+    experiment: Experiment, trainings: Sequence[Training], bar: tqdm, jobs: int
+) -> Iterator[tuple[Training, Result, list[Point]]]:
+    """Run the trainings, `jobs` at a time, and yield (training, its result, its curve) as each ends.
+
+    With more than one job each training is a process of its own with its part of the threads. What interrupts this
+    process interrupts them, and each saves. The bar moves by seconds at the arms' speeds. Raises what a training
+    raises, and RunFailed if its process is killed.
+    """
+
+    def advance(seconds: float) -> None:
+        bar.update(min(seconds, bar.total - bar.n))  # never past the end by a rounding
+
+    if jobs == 1:
+        for training in trainings:
+            bar.set_description(str(training))
+            yield training, *experiment.run(training, advance)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process that has used its threads may hang
+    # tensors would else go through shared memory, of which containers have little
+    pickled = pickle.dumps(experiment)
+    threads = max(1, torch.get_num_threads() // jobs)
+    waiting, running = list(trainings), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                training = waiting.pop(0)
+                reader, writer = context.Pipe(duplex=False)
+                process = context.Process(target=_run, args=(pickled, training, threads, writer))
+                process.start()
+                writer.close()  # the process has the only other end, so its death is the end of the messages
+                running[reader] = training, process
+            bar.set_description(" + ".join(str(training) for training, _ in running.values()))
+            for reader in wait(list(running)):
+                training, process = running[reader]
+                try:
+                    message = reader.recv()
+                except EOFError:
+                    raise RunFailed(f"{training}: its process was ended; the same command goes on from here") from None
+                if isinstance(message, float):
+                    advance(message)
+                    continue
+                process.join()
+                del running[reader]
+                if isinstance(message, Exception):
+                    raise message
+                yield training, *message
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.join()
+
+
+def _run(pickled: bytes, training: Training, threads: int, writer: Connection) -> None:
+    """One training in a process of its own: sends the seconds that it gets further, then what it ends with."""
+    for number in STOP_SIGNALS:  # a terminal sends them to all processes: the first one passes them on as SIGTERM
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave behind
+    unsent, sent = 0.0, time.monotonic()
+
+    def advance(seconds: float) -> None:
+        nonlocal unsent, sent
+        unsent += seconds
+        if time.monotonic() - sent >= REPORT_EVERY:
+            writer.send(unsent)
+            unsent, sent = 0.0, time.monotonic()
+
+    try:
+        ended = pickle.loads(pickled).run(training, advance)  # noqa: S301  # of the process that started this
+    except (UserError, RunFailed) as error:
+        ended = error
+    except KeyboardInterrupt:
+        return
+    writer.send(unsent)
+    writer.send(ended)
