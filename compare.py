@@ -39,15 +39,8 @@ from wiener import fit_wiener
 BUDGETS = ("images", "flops", "seconds")
 DRAWN = 10  # images of each arm in grid.png
 TOLERANCE = 0.01  # of the budget, within which every training has to end
-OWN = {
-    "arms",
-    "seeds",
-    "reference",
-    "jobs",
-    "device",
-    "data_dir",
-    "output_dir",
-}  # flags that a repeated command may change
+# flags that a repeated command may change
+OWN = {"arms", "seeds", "reference", "jobs", "device", "data_dir", "output_dir"}
 LARGEST_WIENER = 4096  # values an image, for which an eigendecomposition is a matter of a minute
 
 
