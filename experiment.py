@@ -194,7 +194,10 @@ def _run(pickled: bytes, training: Training, threads: int, writer: Connection) -
         nonlocal unsent, sent
         unsent += seconds
         if time.monotonic() - sent >= REPORT_EVERY:
-            writer.send(unsent)
+            try:
+                writer.send(unsent)
+            except BrokenPipeError:  # nobody waits for this training any more: it saves, as when it is told to stop
+                signal.raise_signal(signal.SIGTERM)
             unsent, sent = 0.0, time.monotonic()
 
     try:
