@@ -80,6 +80,7 @@ def _forked(argv: list[str], prepare: Callable[[], None] | None, environment: di
         os.dup2(pipe.fileno(), number)
         pipe.close()
     os.environ.update(environment)
+    torch.set_num_threads(1)
     sys.argv = argv
     main = importlib.import_module(argv[0].removesuffix(".py")).main
     if prepare is not None:
@@ -87,8 +88,8 @@ def _forked(argv: list[str], prepare: Callable[[], None] | None, environment: di
     command_line.run(argv[0], main)
 
 
-class start_forked:  # beside start_command
-    """As `start_command`, without the seconds of the imports: a process forked from one that has done them.
+class ForkedCommand:
+    """What `start_command` starts, without the seconds of the imports: a process forked from one that has done them.
 
     It has the parts of subprocess.Popen that the tests use. `prepare` is a function of a module or a partial of one.
     """
@@ -130,19 +131,19 @@ class start_forked:  # beside start_command
         return out, err
 
 
-def start_ranks(processes: int, *arguments) -> list[start_forked]:
+def start_ranks(processes: int, *arguments) -> list[ForkedCommand]:
     """`train.py` in several forked processes, with the environment that torchrun makes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
     ranks = map(str, range(processes))
-    return [start_forked("train.py", *arguments, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ranks]
+    return [ForkedCommand("train.py", *arguments, RANK=rank, LOCAL_RANK=rank, **shared) for rank in ranks]
 
 
 def run_forked(script: str, *arguments, prepare=None, **environment) -> subprocess.CompletedProcess:
-    """As `run_command`, by `start_forked`."""
-    process = start_forked(script, *arguments, prepare=prepare, **environment)
+    """As `run_command`, by a ForkedCommand."""
+    process = ForkedCommand(script, *arguments, prepare=prepare, **environment)
     try:
         out, err = process.communicate(timeout=300)
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import call, refused, run_command, run_forked, start_command, start_forked, wait_for
+from conftest import ForkedCommand, call, refused, run_command, run_forked, start_command, wait_for
 
 import compare
 import speed
@@ -100,7 +100,7 @@ def test_an_interrupted_comparison_ends_with_the_same_figures(tmp_path):
     options = ["--arms", "inspired", "--reference", "inspired", "--lrs", 4e-3, "--amount", 800]
     whole = compared(tmp_path / "whole", *options, "--seeds", 2)
     options += ["--output-dir", tmp_path / "part"]
-    process = start_forked("compare.py", *TINY, *options, "--seeds", 2)
+    process = ForkedCommand("compare.py", *TINY, *options, "--seeds", 2)
     wait_for(lambda: list(tmp_path.glob("part/runs/*seed1*/*/checkpoint.pt")), process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

@@ -11,9 +11,9 @@ import pytest
 from conftest import (
     EVERY,
     TINY,
+    ForkedCommand,
     call,
     rows,
-    start_forked,
     start_ranks,
     start_torchrun,
     trained,
@@ -91,7 +91,7 @@ def test_several_processes_interrupted_save_and_say_so_once(tmp_path):
 
 
 def test_two_runs_started_together_get_two_folders(tmp_path):
-    pair = [start_forked("train.py", *TINY, "--steps", 2, "--output-dir", tmp_path / "runs") for _ in range(2)]
+    pair = [ForkedCommand("train.py", *TINY, "--steps", 2, "--output-dir", tmp_path / "runs") for _ in range(2)]
     for process in pair:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors

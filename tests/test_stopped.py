@@ -12,13 +12,13 @@ import pytest
 from conftest import (
     EVERY,
     TINY,
+    ForkedCommand,
     call,
     refused,
     rows,
     run_forked,
     same,
     start_command,
-    start_forked,
     temporary_files,
     trained,
     wait_for,
@@ -46,7 +46,7 @@ def test_killed_at_twenty_moments_a_run_ends_with_the_bits_of_one_that_was_not(t
     moments = random.Random(0)
     arguments, saved_at, steps = [*options, "--output-dir", tmp_path / "part"], 0, []
     for _ in range(20):
-        process = start_forked("train.py", *arguments)
+        process = ForkedCommand("train.py", *arguments)
         checkpoint = tmp_path / "part/00000-true-digits/checkpoint.pt"
         wait_for(lambda: checkpoint.exists() and checkpoint.stat().st_mtime_ns > saved_at, process)  # noqa: B023
         time.sleep(moments.uniform(0, 0.08))  # a few steps, half of whose time goes into saving
@@ -87,7 +87,7 @@ def uninterrupted(tmp_path_factory) -> tuple[Path, list]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_stopped_run_saves_and_goes_on_bit_for_bit(number, uninterrupted, tmp_path):
     whole, options = uninterrupted
-    process = start_forked("train.py", *TINY, *options, "--output-dir", tmp_path)
+    process = ForkedCommand("train.py", *TINY, *options, "--output-dir", tmp_path)
     metrics = tmp_path / "00000-true-digits/metrics.csv"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, process)
     process.send_signal(number)
@@ -106,7 +106,7 @@ def test_a_stopped_run_saves_and_goes_on_bit_for_bit(number, uninterrupted, tmp_
 def test_a_signal_that_was_ignored_from_the_start_stays_ignored(tmp_path):
     """As under nohup: closing the terminal does not stop the run."""
     ignored = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
-    process = start_forked("train.py", *TINY, *EVERY, "--steps", 40, "--output-dir", tmp_path, prepare=ignored)
+    process = ForkedCommand("train.py", *TINY, *EVERY, "--steps", 40, "--output-dir", tmp_path, prepare=ignored)
     wait_for(lambda: list(tmp_path.glob("*/checkpoint.pt")), process)
     process.send_signal(signal.SIGHUP)
     _, errors = process.communicate(timeout=120)
@@ -114,7 +114,7 @@ def test_a_signal_that_was_ignored_from_the_start_stays_ignored(tmp_path):
 
 
 def test_a_second_signal_stops_at_once_and_leaves_whole_files(tmp_path):
-    process = start_forked("train.py", *TINY, *EVERY, "--steps", 100_000, "--output-dir", tmp_path)
+    process = ForkedCommand("train.py", *TINY, *EVERY, "--steps", 100_000, "--output-dir", tmp_path)
     run = tmp_path / "00000-true-digits"
     wait_for((run / "checkpoint.pt").exists, process)
     process.send_signal(signal.SIGSTOP)  # so that both signals are there before the process can act on either
