@@ -75,9 +75,13 @@ class Experiment:
         """How long that lasts at the arm's speed."""
         return self.images(arm, share) / self.costs[arm].images_per_second
 
+    def steps(self, arm: str, share: float) -> int:
+        """How many steps that is."""
+        return max(1, round(self.images(arm, share) / self.settings.batch_size))
+
     def config(self, training: Training) -> TrainConfig:
         """How it trains."""
-        steps = max(1, round(self.images(training.arm, training.share) / self.settings.batch_size))
+        steps = self.steps(training.arm, training.share)
         every = max(1, steps // MEASUREMENTS)
         return replace(
             arm_config(self.settings, training.arm),

@@ -17,6 +17,7 @@ import compare
 import speed
 from checkpoint import read_config, read_model, read_resume
 from comparison import Result
+from experiment import Experiment
 from models import build_model, multiply_adds
 
 TINY = ["--dataset", "digits", "--timesteps", 8, "--batch-size", 8, "--device", "cpu"]
@@ -170,6 +171,20 @@ def test_a_sweep_of_the_whole_amount_is_the_first_seed_of_the_best_rate(tmp_path
     sweep = table(tmp_path / "sweep.csv")
     assert len(list((tmp_path / "runs").iterdir())) == 3
     assert rows[0] == min(sweep, key=lambda row: float(row["eps_mse"]))
+
+
+def test_a_sweep_that_is_mostly_warm_up_is_said_to_be(tmp_path, capsys):
+    options = ["--arms", "true:pooled", "unet:38k", "--lrs", 1e-3, 1e-2, "--amount", 160_000, "--budget", "images"]
+    settings = compare.parser().parse_args(list(map(str, [*options, "--sweep-share", 0.05])))
+    comparison = Experiment(settings, None, tmp_path, {})
+    assert comparison.steps("unet:38k", 0.05) == 1000  # of which 200 are warm-up
+    compare.warn_of_short_sweeps(comparison, ["unet:38k"])
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "--sweep-share" in said and "unet:38k" in said and "true" not in said
+    for share in (0.1, 1):  # 2000 steps; and the whole, which is no shorter than itself
+        settings.sweep_share = share
+        compare.warn_of_short_sweeps(comparison, ["unet:38k"])
+    assert capsys.readouterr().out == ""
 
 
 def test_results_alone_are_enough_to_go_on_with_another_arm(experiment, tmp_path):
