@@ -212,7 +212,7 @@ def train_all(experiment: Experiment) -> tuple[list[Result], list[Point]]:
         for _, result, _ in run_all(experiment, trainings, bar, s.jobs):
             sweep.append(result)
             save(sweep, "sweep.csv")
-        best_last = sorted(sweep, key=lambda row: row.eps_mse, reverse=True)
+        best_last = sorted(sweep, key=lambda row: row.eps_mse, reverse=True)  # of an arm's rates the last one stands
         rates = {row.arm: row.lr for row in best_last} if lrs else dict.fromkeys(s.arms, s.lrs[0])
         trainings = [Training(arm, rates[arm], seed, 1) for arm, seed in to_train]
         for training, result, curve in run_all(experiment, trainings, bar, s.jobs):

@@ -213,6 +213,7 @@ def rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+# a large rate, so that a few steps make models whose images depend on every option
 FEW_STEPS = ["--device", "cpu", "--precision", "fp32", "--timesteps", 20, "--lr", 0.02, "--batch-size", 16]
 short_run = partial(trained, options=FEW_STEPS)
 FEW_DRAWN = ["--device", "cpu", "--num-images", 20, "--steps", 3]

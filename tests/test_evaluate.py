@@ -170,16 +170,8 @@ def test_the_same_seed_gives_the_same_figures_and_a_bare_file_the_same_as_its_ru
 
 
 def test_flags_act(short_digits_run, tmp_path):
-    options = [
-        "--checkpoint",
-        short_digits_run / "model.safetensors",
-        "--sampler",
-        "ddpm",
-        "--steps",
-        4,
-        "--bound-images",
-        9,
-    ]
+    options = ["--checkpoint", short_digits_run / "model.safetensors"]
+    options += ["--sampler", "ddpm", "--steps", 4, "--bound-images", 9]
     report, out = measured(*options, "--num-images", 17, output=tmp_path / "new" / "out.json")
     assert report["variational_bound"]["n"] == 9
     assert report["sampling"]["n"] == report["sliced_wasserstein"]["n"] == 17

@@ -1,16 +1,15 @@
 """`sample.py` as a user meets it: the same picture for the same seed, every option, and each refusal.
 
-Two tests start real processes; the others call the command in this one, which costs no start of Python.
+A few tests start processes of their own; the others call the command in this one, which costs no start of Python.
 """
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import call, refused, run_command, run_forked, trained
+from conftest import call, refused, run_command, run_forked, short_run
 from PIL import Image
 
 import sample
@@ -19,34 +18,25 @@ from diffusion import SAMPLERS, sample_images
 from liquid_diffusion import SOLVERS
 from models import load_model
 
-# a large rate, so that a few steps make models whose images depend on every option; few timesteps, so that it is quick
-FEW_STEPS = ["--device", "cpu", "--precision", "fp32", "--timesteps", 8, "--lr", 0.02, "--batch-size", 16]
-trained_quickly = partial(trained, options=FEW_STEPS)
+FEW_TIMESTEPS = ["--timesteps", 8]
 
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    return trained_quickly(tmp_path_factory.mktemp("digits"), "--dataset", "digits", "--steps", 200)
+    options = [*FEW_TIMESTEPS, "--dataset", "digits", "--steps", 200]
+    return short_run(tmp_path_factory.mktemp("digits"), *options)
 
 
 @pytest.fixture(scope="module")
-def class_run(tmp_path_factory):
-    """Dark cats and bright dogs, so that a class is visible in its images."""
-    images, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for name, low, high in (("cats", 0, 60), ("dogs", 190, 256)):
-        (images / name).mkdir()
-        for i in range(20):
-            pixels = random.integers(low, high, (8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(images / name / f"{i}.png")
-    options = ["--dataset", "folder", "--data-dir", images, "--image-size", 8, "--steps", 150, "--class-conditional"]
-    return trained_quickly(tmp_path_factory.mktemp("classes"), *options)
+def class_run(class_images, tmp_path_factory):
+    options = [*FEW_TIMESTEPS, "--dataset", "folder", "--data-dir", class_images, "--image-size", 8, "--steps", 150]
+    return short_run(tmp_path_factory.mktemp("classes"), *options, "--class-conditional")
 
 
 @pytest.fixture(scope="module")
 def inspired_run(tmp_path_factory):
-    return trained_quickly(
-        tmp_path_factory.mktemp("inspired"), "--dataset", "digits", "--steps", 2, "--model", "inspired"
-    )
+    options = [*FEW_TIMESTEPS, "--dataset", "digits", "--steps", 2, "--model", "inspired"]
+    return short_run(tmp_path_factory.mktemp("inspired"), *options)
 
 
 def draw(run, tmp_path, *options, name="out.png") -> np.ndarray:
