@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import math
 import multiprocessing
 import pickle
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import RESUME_FILE, run_folders
-from command_line import STOP_SIGNALS
+from command_line import STOP_SIGNALS, stop_signals
 from comparison import Cost, Point, Result
 from errors import RunFailed, UserError
 from image_data import ImageData
@@ -25,6 +27,9 @@ from train_config import TrainConfig
 from training import train
 
 MEASUREMENTS = 10  # held-out losses along a training, for the curves
+IMAGES_A_MEASUREMENT = 2500  # at least; measuring costs as much as training on 700 images
+# to all processes of a command at once; the first one passes them on to the others as SIGTERM
+FROM_A_TERMINAL = [number for number in STOP_SIGNALS if number != signal.SIGTERM]
 REPORT_EVERY = 0.5  # seconds between two reports of a process on how far it is
 
 
@@ -82,15 +87,17 @@ class Experiment:
     def config(self, training: Training) -> TrainConfig:
         """How it trains."""
         steps = self.steps(training.arm, training.share)
-        every = max(1, steps // MEASUREMENTS)
+        images = steps * self.settings.batch_size
+        measurements = min(MEASUREMENTS, max(2, images // IMAGES_A_MEASUREMENT))
         return replace(
             arm_config(self.settings, training.arm),
             steps=steps,
             lr=training.lr,
             seed=training.seed,
             output_dir=str(self.folder_of(training)),
-            sample_every=every if training.share == 1 else steps,  # of a short run its end alone counts
-            save_every=every,
+            # of a short run its end alone counts
+            sample_every=math.ceil(steps / measurements) if training.share == 1 else steps,
+            save_every=math.ceil(steps / MEASUREMENTS),
         )
 
     def folder_of(self, training: Training) -> Path:
@@ -149,32 +156,36 @@ def run_all(
             bar.set_description(str(training))
             yield training, *experiment.run(training, advance)
         return
-    context = multiprocessing.get_context("spawn")  # a fork of a process that has used its threads may hang
     # tensors would else go through shared memory, of which containers have little
     pickled = pickle.dumps(experiment)
     threads = max(1, torch.get_num_threads() // jobs)
     waiting, running = list(trainings), {}
     try:
         while waiting or running:
+            started = []
             while waiting and len(running) < jobs:
                 training = waiting.pop(0)
-                reader, writer = context.Pipe(duplex=False)
-                process = context.Process(target=_run, args=(pickled, training, threads, writer))
-                process.start()
-                writer.close()  # the process has the only other end, so its death is the end of the messages
-                running[reader] = training, process
+                with stop_signals() as received:  # half started, it could not be ended
+                    process, connection = _start(training, threads)
+                running[connection] = training, process
+                started.append(connection)
+                if received:
+                    raise KeyboardInterrupt
             bar.set_description(" + ".join(str(training) for training, _ in running.values()))
-            for reader in wait(list(running)):
-                training, process = running[reader]
+            for connection in started or wait(list(running)):
+                training, process = running[connection]
                 try:
-                    message = reader.recv()
-                except EOFError:
+                    if connection in started:
+                        connection.send_bytes(pickled)
+                        continue
+                    message = connection.recv()
+                except (EOFError, OSError):
                     raise RunFailed(f"{training}: its process was ended; the same command goes on from here") from None
                 if isinstance(message, float):
                     advance(message)
                     continue
                 process.join()
-                del running[reader]
+                del running[connection]
                 if isinstance(message, Exception):
                     raise message
                 yield training, *message
@@ -185,11 +196,26 @@ def run_all(
             process.join()
 
 
-def _run(pickled: bytes, training: Training, threads: int, writer: Connection) -> None:
+def _start(training: Training, threads: int) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+    """A process that waits for the Experiment, and what is sent to it and comes from it."""
+    context = multiprocessing.get_context("spawn")  # a fork of a process that has used its threads may hang
+    resource_tracker.ensure_running()  # start() would, and that unblocks SIGINT
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run, args=(training, threads, theirs))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FROM_A_TERMINAL)  # in the new process until it can ignore them
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()  # the process has the only other end, so its death is the end of the messages
+    return process, ours
+
+
+def _run(training: Training, threads: int, connection: Connection) -> None:
     """One training in a process of its own: sends the seconds that it gets further, then what it ends with."""
-    for number in STOP_SIGNALS:  # a terminal sends them to all processes: the first one passes them on as SIGTERM
-        if number != signal.SIGTERM:
-            signal.signal(number, signal.SIG_IGN)
+    for number in FROM_A_TERMINAL:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FROM_A_TERMINAL)
     torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process would leave behind
     unsent, sent = 0.0, time.monotonic()
@@ -199,16 +225,17 @@ def _run(pickled: bytes, training: Training, threads: int, writer: Connection) -
         unsent += seconds
         if time.monotonic() - sent >= REPORT_EVERY:
             try:
-                writer.send(unsent)
+                connection.send(unsent)
             except BrokenPipeError:  # nobody waits for this training any more: it saves, as when it is told to stop
                 signal.raise_signal(signal.SIGTERM)
             unsent, sent = 0.0, time.monotonic()
 
     try:
-        ended = pickle.loads(pickled).run(training, advance)  # noqa: S301  # of the process that started this
+        experiment = pickle.loads(connection.recv_bytes())  # noqa: S301  # of the process that started this
+        ended = experiment.run(training, advance)
     except (UserError, RunFailed) as error:
         ended = error
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):
         return
-    writer.send(unsent)
-    writer.send(ended)
+    connection.send(unsent)
+    connection.send(ended)

@@ -149,6 +149,20 @@ def test_trainings_side_by_side_end_with_the_figures_of_one_after_the_other_also
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_ctrl_c_while_a_process_starts_ends_in_one_line(send, tmp_path):
+    options = ["--arms", "inspired", "--reference", "inspired", "--lrs", 4e-3, "--amount", 80_000, "--jobs", 2]
+    process = start_command("compare.py", *TINY, *options, "--output-dir", tmp_path, start_new_session=True)
+    wait_for(lambda: processes_that_train(process.pid), process)
+    send(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    bar, said = errors.strip().rsplit("\n", 1)
+    assert said == "compare.py: interrupted: the same command goes on from here"
+    assert all("|" in part for part in bar.split("\n")), errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("victim", ["training", "comparison"])
 def test_when_a_process_is_killed_the_trainings_that_are_left_save_and_end(victim, tmp_path):
     options = [*TINY, "--arms", "true:pooled", "--lrs", 4e-3, "--amount", 80_000, "--seeds", 2, "--jobs", 2]
