@@ -149,12 +149,11 @@ def test_trainings_side_by_side_end_with_the_figures_of_one_after_the_other_also
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("send", [os.kill, os.killpg])
-def test_ctrl_c_while_a_process_starts_ends_in_one_line(send, tmp_path):
+def test_ctrl_c_while_a_process_starts_ends_in_one_line(tmp_path):
     options = ["--arms", "inspired", "--reference", "inspired", "--lrs", 4e-3, "--amount", 80_000, "--jobs", 2]
     process = start_command("compare.py", *TINY, *options, "--output-dir", tmp_path, start_new_session=True)
     wait_for(lambda: processes_that_train(process.pid), process)
-    send(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes of a command
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     bar, said = errors.strip().rsplit("\n", 1)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, call, refused, rows, run_command, trained
+from conftest import ROOT, TINY, call, refused, rows, run_command, run_forked, trained
 from PIL import Image
 
 import train
@@ -18,12 +18,15 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults are 
 
 
 def without_privileges() -> None:
-    """Before a command: permissions hold for root as for anybody (Linux capabilities 1 and 2, taken for good)."""
+    """Before a command: permissions hold for root as for anybody, in this process and what it executes."""
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, taken from what is executed
             if libc.prctl(24, capability, 0, 0, 0):  # PR_CAPBSET_DROP
                 raise OSError(ctypes.get_errno(), "prctl")
+        version_3, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        if libc.capset(version_3, none):
+            raise OSError(ctypes.get_errno(), "capset")
 
 
 @pytest.fixture
@@ -40,14 +43,14 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_the_data_are_
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
     missing = ["--dataset", "folder", "--data-dir", tmp_path / "missing"]
-    done = run_command("train.py", *missing, "--output-dir", closed / "runs", prepare=unprivileged)
+    done = run_forked("train.py", *missing, "--output-dir", closed / "runs", prepare=unprivileged)
     refused(done, "--output-dir", str(closed))
     options = ["--checkpoint", whole_run, "--steps", 1, "--num-images", 1]
-    done = run_command("sample.py", *options, "--output", closed / "a.png", prepare=unprivileged)
+    done = run_forked("sample.py", *options, "--output", closed / "a.png", prepare=unprivileged)
     refused(done, "--output", str(closed))
     unreadable = tmp_path / "unreadable"
     unreadable.mkdir(mode=0o000)
-    done = run_command("train.py", *missing, "--output-dir", unreadable, prepare=unprivileged)
+    done = run_forked("train.py", *missing, "--output-dir", unreadable, prepare=unprivileged)
     refused(done, "--output-dir", str(unreadable))
 
 
@@ -56,13 +59,13 @@ def test_images_without_read_permission_are_named_and_counted(unprivileged, tmp_
         Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "2.png").chmod(0)
     options = ["--dataset", "folder", "--data-dir", tmp_path, "--dry-run"]
-    done = run_command("train.py", *options, prepare=unprivileged)
+    done = run_forked("train.py", *options, prepare=unprivileged)
     refused(done, str(tmp_path / "2.png"), "Permission denied", "1 of 4 images", "--skip-bad-images")
-    done = run_command("train.py", *options, "--skip-bad-images", prepare=unprivileged)
+    done = run_forked("train.py", *options, "--skip-bad-images", prepare=unprivileged)
     assert done.returncode == 0, done.stderr
     assert "2 images 3x32x32, 1 held out" in done.stdout and f"skipped  cannot read {tmp_path}/2.png" in done.stdout
     (tmp_path / "closed").mkdir(mode=0o000)
-    refused(run_command("train.py", *options, prepare=unprivileged), str(tmp_path / "closed"))
+    refused(run_forked("train.py", *options, prepare=unprivileged), str(tmp_path / "closed"))
 
 
 def test_an_output_folder_is_made_and_a_file_in_its_way_is_named(tmp_path):

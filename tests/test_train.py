@@ -49,7 +49,7 @@ def test_the_same_command_gives_the_same_bytes_and_the_next_id(whole_run):
     assert again.name == "00001-true-digits"
     assert (again / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
     assert (again / "samples/step_0000060.png").read_bytes() == (whole_run / "samples/step_0000060.png").read_bytes()
-    other = train_tiny(whole_run.parent, "--steps", 60, "--sample-every", 40, "--save-every", 7, "--seed", 1)
+    other = trained(whole_run.parent, "--steps", 60, "--sample-every", 40, "--save-every", 7, "--seed", 1)
     assert (other / "model.safetensors").read_bytes() != (whole_run / "model.safetensors").read_bytes()
 
 
