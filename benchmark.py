@@ -22,7 +22,7 @@ import torch
 
 from benchmark_report import markdown, save_plot
 from benchmark_sections import NEED_TRAIN, SECTIONS, Bench, Variant
-from checkpoint import atomic_path, check_writable, save_json
+from checkpoint import atomic_path, check_writable, make_folder, save_json
 from command_line import Parser, integer, number, run
 from errors import UserError
 from hardware import DEVICES, choose_device, has_bf16, keep_freed_memory, out_of_memory_named
@@ -83,7 +83,7 @@ def main() -> None:
     precisions = ("fp32", "bf16") if has_bf16(device) else ("fp32",)
     variants = [Variant(p, c) for c in ((False,) if s.no_compile else (False, True)) for p in precisions]
     bench = Bench(device, s.batch_size, s.image_size, s.seconds, variants)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--output-dir")
     report = conditions(s, device)
     print(f"{report['machine']}: leave it alone meanwhile", flush=True)
     for name in s.sections:

@@ -214,6 +214,14 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UserError(f"{flag}: {folder}: {_reason(error)}") from error
 
 
+def make_folder(folder: Path, flag: str) -> None:
+    """Make a folder and those around it unless they are there. Raises UserError, naming the flag, if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag}: cannot make {folder}: {_reason(error)}") from error
+
+
 def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
     """Everything in `output_dir` that has an id, by id; a folder without a name is a run that is about to start."""
     try:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import atomic_path, check_writable, run_folders, save_json
+from checkpoint import atomic_path, check_writable, make_folder, run_folders, save_json
 from command_line import Parser, integer, number, run
 from comparison import Cost, Point, Result, markdown, read_rows, save_curves, save_rows
 from diffusion import PREDICTION_TYPES, SCHEDULES, DDPMScheduler, sample_images
@@ -126,7 +126,7 @@ def main() -> None:
     s.arms, s.lrs = list(dict.fromkeys(s.arms)), sorted(set(s.lrs))
     settings = shared_settings(s, folder)
     data = load_images(s.dataset, s.data_dir, s.image_size)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--output-dir")
     save_json(folder / "comparison.json", settings)
     experiment = Experiment(s, data, folder, arm_costs(s, data, folder))
     try:

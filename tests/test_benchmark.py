@@ -276,7 +276,14 @@ def test_two_processes_divide_a_batch():
 
 @pytest.mark.parametrize(
     "flag, value",
-    [("--batch-size", 0), ("--sections", "lunch"), ("--seconds", 0), ("--image-size", 12), ("--device", "tpu")],
+    [
+        ("--batch-size", 0),
+        ("--sections", "lunch"),
+        ("--seconds", 0),
+        ("--image-size", 12),
+        ("--device", "tpu"),
+        ("--output-dir", "/proc/none"),
+    ],
 )
 def test_a_bad_value_is_refused_by_its_flag(flag, value, tmp_path):
     code, _, err = call(benchmark, "--output-dir", tmp_path / "x", flag, value)

@@ -274,7 +274,15 @@ def test_what_would_mix_two_comparisons_is_refused(experiment, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flag, value", [("--arms", "unet:3k"), ("--budget", "hours"), ("--amount", 0), ("--seeds", 0), ("--lrs", "nan")]
+    "flag, value",
+    [
+        ("--arms", "unet:3k"),
+        ("--budget", "hours"),
+        ("--amount", 0),
+        ("--seeds", 0),
+        ("--lrs", "nan"),
+        ("--output-dir", "/proc/none"),
+    ],
 )
 def test_a_bad_value_is_refused_by_its_flag(flag, value, tmp_path):
     code, _, err = call(compare, *TINY, "--output-dir", tmp_path / "x", flag, value)
