@@ -17,7 +17,7 @@ import compare
 import speed
 from checkpoint import read_config, read_model, read_resume
 from comparison import Result
-from experiment import Experiment
+from experiment import Experiment, Training
 from models import build_model, multiply_adds
 
 TINY = ["--dataset", "digits", "--timesteps", 8, "--batch-size", 8, "--device", "cpu"]
@@ -86,6 +86,14 @@ def test_the_short_runs_of_a_sweep_are_measured_at_their_end_alone(experiment):
         for share, runs in (("half", "*share0.5/*/metrics.csv"), ("whole", "*share1/*/metrics.csv"))
     }
     assert measured == {"half": [1] * 4, "whole": [2] * 4}
+
+
+@pytest.mark.parametrize("images, times", [(150_000, 10), (10_672, 4), (400, 2)])
+def test_few_images_are_measured_less_often(images, times):
+    """A measurement of the bank costs as much as training on some 700 images, of every arm."""
+    settings = compare.parser().parse_args(["--amount", str(images)])
+    config = Experiment(settings, None, Path(), {}).config(Training("unet:4m", 1e-3, 0, 1))
+    assert len({*range(config.sample_every, config.steps, config.sample_every), config.steps}) == times
 
 
 def test_the_same_command_again_trains_nothing_and_says_the_same(experiment):
