@@ -28,7 +28,7 @@ from training import train
 
 MEASUREMENTS = 10  # held-out losses along a training, for the curves
 IMAGES_A_MEASUREMENT = 2500  # at least; measuring costs as much as training on 700 images
-# to all processes of a command at once; the first one passes them on to the others as SIGTERM
+# a terminal sends these to all processes of a command; the first one passes them on to the others as SIGTERM
 FROM_A_TERMINAL = [number for number in STOP_SIGNALS if number != signal.SIGTERM]
 REPORT_EVERY = 0.5  # seconds between two reports of a process on how far it is
 
@@ -202,7 +202,7 @@ def _start(training: Training, threads: int) -> tuple[multiprocessing.process.Ba
     resource_tracker.ensure_running()  # start() would, and that unblocks SIGINT
     ours, theirs = context.Pipe()
     process = context.Process(target=_run, args=(training, threads, theirs))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FROM_A_TERMINAL)  # in the new process until it can ignore them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FROM_A_TERMINAL)  # the new process has it so till it ignores them
     try:
         process.start()
     finally:
