@@ -25,11 +25,12 @@ from command_line import Parser, integer, number, run
 from comparison import Cost, Point, Result, markdown, read_rows, save_curves, save_rows
 from diffusion import PREDICTION_TYPES, SCHEDULES, DDPMScheduler, sample_images
 from errors import UserError
-from experiment import Experiment, Training, arm_config, run_all
+from experiment import Experiment, Training, arm_config
 from hardware import DEVICES, Processes, choose_device, keep_freed_memory
 from image_data import DATASETS, ImageData, held_out_bank, load_images
 from models import ARMS, build_model, count_parameters, load_model, multiply_adds, training_multiply_adds
 from pictures import save_labelled_rows
+from side_by_side import run_all
 from speed import machine_name, training_rates
 from train_config import TrainConfig
 from training import failures_named
