@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import liquid_kernel
 from errors import UserError
 
 # One step of size a = dt / tau moves the state by the share g(a) of its way to f: h <- h + g(a) (f - h).
@@ -147,6 +148,8 @@ class RealLiquidCell(nn.Module):
             h = torch.zeros_like(drive) if h is None else h
             return self._odeint(h, drive, tau, horizon, num_steps)
         share = STEP_SHARE[self.solver](horizon / num_steps / tau)
+        if self.activation is F.silu and liquid_kernel.fits(drive):
+            return liquid_kernel.integrate(h, drive, share, self.recurrent.weight, num_steps)
         for _ in range(num_steps):
             # the first step from zeros needs no convolution: W_rec * 0 = 0
             h = share * self.activation(drive) if h is None else torch.lerp(h, self.target(h, drive), share)

@@ -1,0 +1,160 @@
+"""The compiled kernel against the same steps in torch, in double precision, and where there is none."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import liquid_kernel
+from liquid_diffusion import RealLiquidCell, TrueLiquidDiffusionModel
+
+needs_kernel = pytest.mark.skipif(not liquid_kernel.available(), reason="no AMX, or no C++ compiler")
+NAMES = ("output", "h", "drive", "share", "weight")
+
+
+def by_torch(h, drive, share, weight, num_steps):
+    """The steps as they are written down, from zeros where h is None."""
+    h = torch.zeros_like(drive) if h is None else h
+    for _ in range(num_steps):
+        h = h + share * (F.silu(F.conv2d(h, weight, padding=1) + drive) - h)
+    return h
+
+
+def with_gradients(integrate, tensors, gradient, num_steps):
+    """The output and the gradient of each tensor, None for one that is None."""
+    leaves = [None if x is None else x.clone(memory_format=torch.preserve_format).requires_grad_() for x in tensors]
+    output = integrate(*leaves, num_steps)
+    output.backward(gradient.to(output.dtype))
+    return dict(zip(NAMES, [output.detach(), *(None if x is None else x.grad for x in leaves)], strict=True))
+
+
+def inputs(shape, *, carried, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    batch, channels, height, width = shape
+    both = torch.randn(batch, 2 * channels, height, width, generator=random).to(torch.bfloat16)
+    both = both.contiguous(memory_format=torch.channels_last)
+    h = torch.randn(shape, generator=random).to(torch.bfloat16) if carried else None
+    weight = torch.randn(channels, channels, 3, 3, generator=random) / (3 * channels**0.5)
+    gradient = torch.randn(shape, generator=random).to(torch.bfloat16)
+    return [h, both[:, :channels], torch.sigmoid(both[:, channels:]), weight], gradient
+
+
+def error(x, y):
+    return ((x.double() - y).norm() / y.norm()).item()
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "shape, num_steps, carried",
+    [
+        ((3, 32, 32, 32), 7, False),
+        ((5, 24, 16, 16), 5, True),
+        ((2, 24, 8, 8), 3, False),
+        ((2, 7, 12, 20), 4, True),
+        ((1, 1, 4, 4), 2, False),
+        ((1, 32, 28, 28), 1, True),
+    ],
+)
+def test_output_and_gradients_are_those_of_double_precision_within_bf16(shape, num_steps, carried):
+    tensors, gradient = inputs(shape, carried=carried)
+    exact = with_gradients(by_torch, [x if x is None else x.double() for x in tensors], gradient, num_steps)
+    found = with_gradients(liquid_kernel.integrate, tensors, gradient, num_steps)
+    for name in NAMES:
+        assert (found[name] is None) == (exact[name] is None), name
+        if found[name] is not None:
+            assert error(found[name], exact[name]) < 2**-7, name
+
+
+@needs_kernel
+def test_no_less_exact_than_torch_in_bf16():
+    tensors, gradient = inputs((4, 32, 16, 16), carried=False)
+    exact = with_gradients(by_torch, [x if x is None else x.double() for x in tensors], gradient, 7)
+    found = with_gradients(liquid_kernel.integrate, tensors, gradient, 7)
+    rounded = [x if x is None else x.to(torch.bfloat16) for x in tensors]
+    torch_bf16 = with_gradients(by_torch, rounded, gradient, 7)
+    for name in ("output", "drive", "share", "weight"):
+        assert error(found[name], exact[name]) < error(torch_bf16[name], exact[name]), name
+
+
+@needs_kernel
+def test_image_is_integrated_alone_and_the_same_every_time():
+    tensors, gradient = inputs((3, 24, 16, 16), carried=True)
+    together = with_gradients(liquid_kernel.integrate, tensors, gradient, 5)
+    again = with_gradients(liquid_kernel.integrate, tensors, gradient, 5)
+    alone = [with_gradients(liquid_kernel.integrate, [*(x[i : i + 1] for x in tensors[:3]), tensors[3]],
+                            gradient[i : i + 1], 5) for i in range(3)]  # fmt: skip
+    for name in NAMES:
+        assert torch.equal(together[name], again[name])
+    for name in ("output", "h", "drive", "share"):
+        assert torch.equal(together[name], torch.cat([part[name] for part in alone]))
+
+
+@needs_kernel
+def test_extreme_drives_stay_finite():
+    tensors, gradient = inputs((1, 32, 8, 8), carried=False)
+    tensors[1] = 1000 * tensors[1]
+    for value in with_gradients(liquid_kernel.integrate, tensors, gradient, 3).values():
+        assert value is None or value.isfinite().all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [1, 2])
+def test_model_computes_the_same_with_and_without_it(monkeypatch, threads):
+    """`threads`: the weight's gradient is summed over them."""
+    torch.manual_seed(0)
+    model = TrueLiquidDiffusionModel(channels=(8, 8, 8), embedding_dim=8)
+    torch.nn.init.normal_(model.head.weight)
+    x, t = torch.randn(5, 3, 16, 16), torch.arange(5)
+
+    def outcome(bf16):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = model(x, t).float()
+        output.square().sum().backward()
+        return torch.cat([output.detach().flatten(), *(p.grad.flatten() for p in model.parameters())])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        exact, found = outcome(bf16=False), outcome(bf16=True)
+        monkeypatch.setattr(liquid_kernel, "available", lambda: False)
+        without = outcome(bf16=True)
+    finally:
+        torch.set_num_threads(before)
+    assert not torch.equal(found, without)  # so the kernel did run
+    assert error(found, exact) < 2**-5
+    assert error(found, exact) < 1.5 * error(without, exact)
+
+
+@needs_kernel
+def test_operators_keep_torchs_contract():
+    tensors, _ = inputs((2, 24, 8, 8), carried=True)
+    tensors = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in tensors]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.liquid.integrate.default, (*tensors, 3), test_utils=checks)
+
+
+@pytest.mark.parametrize("other", [{"dtype": torch.float32}, {"channels": 33}, {"activation": "tanh"}])
+def test_other_cells_are_integrated_by_torch(monkeypatch, other):
+    """fp32, more channels than the kernel has room for, another activation."""
+    monkeypatch.setattr(liquid_kernel, "available", lambda: True)
+    monkeypatch.setattr(liquid_kernel, "integrate", lambda *_: pytest.fail("the kernel was called"))
+    channels, dtype = other.get("channels", 8), other.get("dtype", torch.bfloat16)
+    cell = RealLiquidCell(
+        4, channels, 8, num_steps=2, tau_range=(0.5, 4), activation=other.get("activation", "silu")
+    ).to(dtype)
+    with torch.no_grad():
+        assert cell(torch.randn(1, 4, 8, 8, dtype=dtype), torch.randn(1, 8, dtype=dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_there_is_no_kernel(tmp_path, compiler):
+    """One that is not there, one that fails."""
+    environment = os.environ | {"CXX": compiler, "TORCH_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", "import liquid_kernel; print(liquid_kernel.available())"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
+    assert not list(tmp_path.rglob("*.so"))
