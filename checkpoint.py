@@ -17,6 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import safetensors
 import safetensors.torch
 import torch
@@ -38,6 +43,27 @@ def errors_named(path: Path) -> Iterator[None]:
         if error.errno is not None:
             error.filename = error.filename or str(path)
         raise
+
+
+@contextmanager
+def only_writer(run: Path) -> Iterator[None]:
+    """Hold a run folder during the block, or until this process ends, so that no other one trains in it.
+
+    Raises UserError if another does. Where folders cannot be locked, nothing is held.
+    """
+    folder = os.open(run, os.O_RDONLY) if fcntl else None
+    try:
+        if folder is not None:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{run}: another process is training it; wait for its end, or interrupt it") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
 
 
 @contextmanager

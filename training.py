@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import liquid_kernel
 from command_line import stop_signals
 from diffusion import DDPMScheduler
 from errors import RunFailed, UserError
@@ -66,7 +67,9 @@ def train(
     elif not dry_run:
         checkpoint.check_writable(Path(config.output_dir), "--output-dir")
     keep_freed_memory()
-    with join_processes(config.device) as here:
+    with join_processes(config.device) as here, ExitStack() as held:
+        if resume is not None and here.is_main and not dry_run:
+            held.enter_context(checkpoint.only_writer(resume))
         if config.batch_size < here.world_size:
             raise UserError(f"--batch-size: must be at least the {here.world_size} processes, got {config.batch_size}")
         if here.device.type == "cuda":
@@ -89,6 +92,7 @@ def train(
             config = faster(config, state, scheduler, data, here)
         if here.is_main and resume is None and not dry_run:
             run = checkpoint.make_run_folder(run.parent, f"{config.model}-{config.dataset}")
+            held.enter_context(checkpoint.only_writer(run))
         with failures_named(run, here, smaller):
             if here.is_main and on_progress is None:
                 print(description(config, data, state.model, here, run), flush=True)
@@ -206,8 +210,11 @@ def description(config: TrainConfig, data: ImageData, model: nn.Module, here: Pr
     steps = config.total_steps(len(data.train))
     budget = f"{config.minutes:g} minutes" if steps is None else f"{steps:,} steps"
     macs = multiply_adds(model, data.shape)
+    how = [config.precision] + ["compiled"] * (config.compile == "on")
+    if config.model == "true" and config.precision == "bf16" and here.device.type == "cpu":
+        how += ["liquid kernel"] * liquid_kernel.available()
     lines = [
-        f"device   {where}, {config.precision}{', compiled' if config.compile == 'on' else ''}",
+        f"device   {where}, {', '.join(how)}",
         f"model    {config.model}: {count_parameters(model):,} parameters, {macs:,} multiply-adds a forward pass",
         f"data     {config.dataset}: {len(data.train):,} images {shape}, {len(data.held_out):,} held out",
         *(f"skipped  {line}" for line in data.skipped[:SKIPPED_SHOWN]),

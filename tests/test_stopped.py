@@ -113,6 +113,20 @@ def test_a_signal_that_was_ignored_from_the_start_stays_ignored(tmp_path):
     assert process.returncode == 0, errors
 
 
+def test_a_run_that_another_process_trains_is_left_to_it(tmp_path):
+    process = ForkedCommand("train.py", *TINY, "--save-every", 5, "--steps", 100_000, "--output-dir", tmp_path)
+    run = tmp_path / "00000-true-digits"
+    wait_for((run / "checkpoint.pt").exists, process)
+    refused(run_forked("train.py", "--resume", run), f"{run}: another process is training it")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    step = read_resume(run / "checkpoint.pt")["step"] + 1
+    done = run_forked("train.py", "--resume", run, "--steps", step)  # now it may
+    assert done.returncode == 0, done.stderr
+    assert [int(row["step"]) for row in rows(run)] == sorted({int(row["step"]) for row in rows(run)})
+
+
 def test_a_second_signal_stops_at_once_and_leaves_whole_files(tmp_path):
     process = ForkedCommand("train.py", *TINY, *EVERY, "--steps", 100_000, "--output-dir", tmp_path)
     run = tmp_path / "00000-true-digits"
