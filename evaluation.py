@@ -107,7 +107,10 @@ def finite(value: float, what: str) -> float:
 
 
 def eps_mse(model: nn.Module, scheduler: DDPMScheduler, bank: Batch) -> Report:
-    """Held-out eps-MSE on the frozen bank, overall and in ten bins of t of equal width."""
+    """Held-out eps-MSE on the frozen bank, overall and in ten bins of t of equal width.
+
+    Of a model that carries its state from step to step also with its memory off: each step from a state of zeros.
+    """
     bins = bank.t * BINS // scheduler.num_timesteps
     parts = []
     with tqdm(desc="eps-MSE", total=2 * len(bank.t), unit="call", mininterval=0.5) as bar:
@@ -120,8 +123,12 @@ def eps_mse(model: nn.Module, scheduler: DDPMScheduler, bank: Batch) -> Report:
             value = held_out_loss(model, scheduler, part) if inside.any() else None
             parts.append({"t": [times[0], times[-1]] if times else None, "n": int(inside.sum()), "value": value})
             bar.update(int(inside.sum()))
+    off = {}
+    if getattr(model, "carries_state", False):
+        off = {"memory_off": finite(held_out_loss(model, scheduler, bank, memory=False), "the eps-MSE without memory")}
     return {
         "value": overall,
+        **off,
         "unit": "mean squared error of the predicted eps, a value",
         "n": len(bank.t),
         "split": "held out",
@@ -321,6 +328,8 @@ def table(report: Report) -> str:
         return f"{figure['value']:,.{digits}f}" + (f" +- {figure[spread]:.{digits}f}" if spread else "")
 
     row("held-out eps-MSE", number(mse, 5), mse, "frozen bank")
+    if "memory_off" in mse:
+        row("  memory off", f"{mse['memory_off']:.5f}", mse, "each step from a state of zeros")
     for part in mse["bins"]:
         if part["n"]:
             row(f"  t {part['t'][0]}..{part['t'][1]}", number(part, 5), part, "")

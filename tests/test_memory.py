@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from diffusion import DDPMScheduler, sample_images
+from evaluation import eps_mse
 from image_data import held_out_bank, load_images, memory_noise
 from liquid_ablations import MemoryLiquid
 from liquid_diffusion import TrueLiquidDiffusionModel
-from models import load_model
+from models import build_model, load_model
 from train_config import TrainConfig
 from training import train
 from validation import held_out_loss
@@ -117,3 +118,10 @@ def test_a_model_with_memory_trains_resumes_and_is_measured_with_and_without(pre
     bank = held_out_bank(load_images("digits", "unused"), 50, size=200)
     on, off = held_out_loss(model, scheduler, bank), held_out_loss(model, scheduler, bank, memory=False)
     assert on != off and abs(on - off) < 0.5 * off
+    report = eps_mse(model, scheduler, bank)
+    assert (report["value"], report["memory_off"]) == (on, off)
+
+
+def test_a_model_without_memory_is_not_measured_without_it():
+    bank = held_out_bank(load_images("digits", "unused"), 50, size=20)
+    assert "memory_off" not in eps_mse(build_model("true", in_channels=1), DDPMScheduler(50), bank)
