@@ -1,8 +1,6 @@
 """The compiled kernel against the same steps in torch, in double precision, and where there is none."""
 
-import os
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -151,10 +149,21 @@ def test_other_cells_are_integrated_by_torch(monkeypatch, other):
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler_there_is_no_kernel(tmp_path, compiler):
+def test_without_a_compiler_there_is_no_kernel_and_no_file(tmp_path, monkeypatch, compiler):
     """One that is not there, one that fails."""
-    environment = os.environ | {"CXX": compiler, "TORCH_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", "import liquid_kernel; print(liquid_kernel.available())"]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert ran.stdout == "False\n"
-    assert not list(tmp_path.rglob("*.so"))
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises((OSError, subprocess.CalledProcessError)):
+        liquid_kernel.compiled_file("this processor")
+    assert liquid_kernel.library.__wrapped__() is None
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@needs_kernel
+def test_it_is_compiled_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = liquid_kernel.compiled_file("this processor")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    assert liquid_kernel.compiled_file("this processor") == path
+    with pytest.raises(pytest.fail.Exception, match="compiled again"):
+        liquid_kernel.compiled_file("another processor")
