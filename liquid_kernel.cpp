@@ -272,7 +272,7 @@ int liquid_kernel_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 // All but the weight (channels, channels, 3, 3): (images, height, width, channels), with as many values from pixel to
 // pixel as is said, or `channels`. state: null for zeros.
 void liquid_kernel_forward(int images, int channels, int height, int width, int steps, const bf16* state,
-                           const bf16* drive, int64_t drive_stride, const bf16* share, int64_t share_stride,
+                           int64_t state_stride, const bf16* drive, int64_t drive_stride, const bf16* share, int64_t share_stride,
                            const float* weight, bf16* output) {
     const Grid g{channels, height, width};
     const int64_t pixels = int64_t(height) * width;
@@ -289,7 +289,7 @@ void liquid_kernel_forward(int images, int channels, int height, int width, int 
             gather(g, drive + image * pixels * drive_stride, drive_stride, d);
             gather(g, share + image * pixels * share_stride, share_stride, s);
             std::fill_n(states, g.line(), 0);
-            if (state) gather(g, state + image * pixels * channels, channels, states + g.first());
+            if (state) gather(g, state + image * pixels * state_stride, state_stride, states + g.first());
             integrate(g, steps, !state, d, s, factor, states, 2, nullptr);
             scatter(g, states + steps % 2 * g.line() + g.first(), output + image * pixels * channels);
         }
@@ -299,9 +299,10 @@ void liquid_kernel_forward(int images, int channels, int height, int width, int 
 // The gradients of drive, share and state (null if that was) and of the weight. The states in between are computed
 // again, image by image: that is quicker than to write them to memory and read them back.
 void liquid_kernel_backward(int images, int channels, int height, int width, int steps, const bf16* gradient,
-                            int64_t gradient_stride, const bf16* state, const bf16* drive, int64_t drive_stride,
-                            const bf16* share, int64_t share_stride, const float* weight, bf16* drive_gradient,
-                            bf16* share_gradient, bf16* state_gradient, float* weight_gradient) {
+                            int64_t gradient_stride, const bf16* state, int64_t state_stride,
+                            const bf16* drive, int64_t drive_stride, const bf16* share, int64_t share_stride,
+                            const float* weight, bf16* state_gradient, bf16* drive_gradient, bf16* share_gradient,
+                            float* weight_gradient) {
     const Grid g{channels, height, width};
     const int64_t pixels = int64_t(height) * width;
     const int inner = g.positions() * CHANNELS;
@@ -327,7 +328,7 @@ void liquid_kernel_backward(int images, int channels, int height, int width, int
             gather(g, drive + image * pixels * drive_stride, drive_stride, d);
             gather(g, share + image * pixels * share_stride, share_stride, s);
             std::fill_n(states, g.line(), 0);
-            if (state) gather(g, state + image * pixels * channels, channels, states + g.first());
+            if (state) gather(g, state + image * pixels * state_stride, state_stride, states + g.first());
             integrate(g, steps, !state, d, s, factor, states, steps + 1, drives);
             bf16* last = states + steps * g.line() + g.first();  // of which the gradient takes the place
             gather(g, gradient + image * pixels * gradient_stride, gradient_stride, last);

@@ -82,11 +82,8 @@ def integrate(h: Tensor | None, drive: Tensor, share: Tensor, weight: Tensor, nu
 
 @torch.library.custom_op("liquid::integrate", mutates_args=(), device_types="cpu")
 def _integrate(h: Tensor | None, drive: Tensor, share: Tensor, weight: Tensor, num_steps: int) -> Tensor:
-    h, drive, share, weight = _pixels(h, dense=True), _pixels(drive), _pixels(share), weight.float().contiguous()
-    output = _like(drive)
-    library().liquid_kernel_forward(
-        *drive.shape, num_steps, _pointer(h), *_strided(drive), *_strided(share), _pointer(weight), _pointer(output)
-    )
+    read, weight, output = [_pixels(x) for x in (h, drive, share)], weight.float().contiguous(), _like(drive)
+    library().liquid_kernel_forward(*drive.shape, num_steps, *_where_and_stride(read), _where(weight), _where(output))
     return output
 
 
@@ -100,14 +97,13 @@ def _integrate_backward(
     gradient: Tensor, h: Tensor | None, drive: Tensor, share: Tensor, weight: Tensor, num_steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of h (empty if it is None), drive, share and weight."""
-    gradient, drive, share = _pixels(gradient), _pixels(drive), _pixels(share)
-    h, weight = _pixels(h, dense=True), weight.float().contiguous()
-    of_h, of_drive, of_share, of_weight = _gradients(h, drive, share, weight)
+    read, weight = [_pixels(x) for x in (gradient, h, drive, share)], weight.float().contiguous()
+    of_h, *others = _gradients(h, drive, share, weight)
+    written = [None if h is None else of_h, *others]
     library().liquid_kernel_backward(
-        *drive.shape, num_steps, *_strided(gradient), _pointer(h), *_strided(drive), *_strided(share), _pointer(weight),
-        _pointer(of_drive), _pointer(of_share), _pointer(None if h is None else of_h), _pointer(of_weight),
-    )  # fmt: skip
-    return of_h, of_drive, of_share, of_weight
+        *drive.shape, num_steps, *_where_and_stride(read), _where(weight), *map(_where, written)
+    )
+    return of_h, *others
 
 
 @_integrate_backward.register_fake
@@ -140,21 +136,23 @@ def _gradients(h: Tensor | None, drive: Tensor, share: Tensor, weight: Tensor) -
     return of_h, _like(drive), _like(share), torch.empty(weight.shape, device=weight.device)
 
 
-def _pixels(x: Tensor | None, dense: bool = False) -> Tensor | None:
-    """x in bf16 and channels last; half of the channels of such a tensor passes too unless it has to be dense."""
+def _pixels(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """x in bf16 and channels last, and how many values there are from pixel to pixel.
+
+    As many as channels, or more where x is a part of the channels of another tensor, which is not copied.
+    """
     if x is None:
-        return None
+        return None, 0
     _, channels, height, width = x.shape
-    batch, channel, row, pixel = x.to(torch.bfloat16).stride()
-    regular = channel == 1 and row == width * pixel and batch == height * row
-    if x.dtype == torch.bfloat16 and regular and (pixel == channels or not dense):
-        return x
-    return x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    batch, channel, row, pixel = x.stride()
+    if x.dtype == torch.bfloat16 and channel == 1 and row == width * pixel and batch == height * row:
+        return x, pixel
+    return x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last), channels
 
 
-def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+def _where(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
-def _strided(x: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
-    return _pointer(x), ctypes.c_int64(x.stride(3))
+def _where_and_stride(pixels: list[tuple[Tensor | None, int]]) -> list[ctypes.c_void_p | ctypes.c_int64]:
+    return [argument for x, stride in pixels for argument in (_where(x), ctypes.c_int64(stride))]
