@@ -20,6 +20,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <new>
 #include <vector>
 
 namespace {
@@ -47,6 +48,7 @@ template <typename T>
 struct Buffer {  // zeros, aligned to a cache line
     std::unique_ptr<T[], void (*)(void*)> data;
     explicit Buffer(size_t count) : data(static_cast<T*>(aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)), free) {
+        if (!data) throw std::bad_alloc();
         std::memset(data.get(), 0, count * sizeof(T));
     }
     operator T*() { return data.get(); }
@@ -192,8 +194,8 @@ inline void transpose(const bf16* from, int from_row, bf16* to, int to_row) {
     for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * to_row, b[i]);
 }
 
-// What a thread needs for an image, kept from call to call: to zero it each time would cost as much as an ODE step.
-// Beyond the borders all lines stay zero. Small enough for the second cache, or else all of it waits for the third.
+// What a thread needs for an image, kept from call to call: to allocate and zero it each time takes as long as half the
+// work on a small image. Beyond the borders all lines stay zero. 1.7 MB at 32x32 and 7 steps fit a second-level cache.
 struct Scratch {
     Buffer<bf16> drive, share, paired, columns, states, drives;
     Buffer<float> of_h, of_share;
@@ -207,6 +209,18 @@ struct Scratch {
         return *mine;
     }
 };
+
+// What `make` makes; null and `failed` where memory runs out, since no exception may leave a parallel region
+template <typename Make>
+auto made(Make make, bool& failed) -> decltype(make()) {
+    try {
+        return make();
+    } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+        failed = true;
+        return nullptr;
+    }
+}
 
 // The state after each step, h_k in line k % kept of `states`, from h_0 there unless it starts from zeros. `drives`, if
 // it is not null, has a line for each step too: W_rec * h_k + drive.
@@ -240,7 +254,8 @@ void integrate(const Grid& g, int steps, bool from_zeros, const bf16* drive, con
 }
 
 // weight's gradient, [tap][input][output], plus that of one convolution: h, of_z with their guards
-void add_weight_gradient(const Grid& g, const bf16* h, const bf16* of_z, bf16* columns, bf16* paired, float* of_weight) {
+void add_weight_gradient(const Grid& g, const bf16* h, const bf16* of_z, bf16* columns, bf16* paired,
+                         float* of_weight) {
     const int plane = g.padded();  // columns: [channel][position]
     int q = 0;
     for (; q + CHUNK <= plane; q += CHUNK) {
@@ -267,25 +282,27 @@ void add_weight_gradient(const Grid& g, const bf16* h, const bf16* of_z, bf16* c
 extern "C" {
 
 // Whether this process may use the matrix unit: Linux grants it on request.
-int liquid_kernel_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+bool liquid_kernel_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
-// All but the weight (channels, channels, 3, 3): (images, height, width, channels), with as many values from pixel to
-// pixel as is said, or `channels`. state: null for zeros.
-void liquid_kernel_forward(int images, int channels, int height, int width, int steps, const bf16* state,
-                           int64_t state_stride, const bf16* drive, int64_t drive_stride, const bf16* share, int64_t share_stride,
-                           const float* weight, bf16* output) {
+// Both return whether there was enough memory. All but the weight (channels, channels, 3, 3) are of (images, height,
+// width, channels), with as many values from pixel to pixel as is said, or `channels`. state: null for zeros.
+bool liquid_kernel_forward(int images, int channels, int height, int width, int steps, const bf16* state,
+                           int64_t state_stride, const bf16* drive, int64_t drive_stride, const bf16* share,
+                           int64_t share_stride, const float* weight, bf16* output) try {
     const Grid g{channels, height, width};
     const int64_t pixels = int64_t(height) * width;
     Buffer<bf16> factor(TAPS * CHANNELS * CHANNELS);
+    bool failed = false;
 #pragma omp parallel
     {
         Tiles tiles;
-        Scratch& own = Scratch::of(g, steps);
-        bf16 *d = own.drive, *s = own.share, *states = own.states;
+        Scratch* own = made([&] { return &Scratch::of(g, steps); }, failed);
 #pragma omp for schedule(static)
         for (int tap = 0; tap < TAPS; tap++) second_factor(g, weight, tap, false, factor);
 #pragma omp for schedule(static)
         for (int image = 0; image < images; image++) {
+            if (failed) continue;
+            bf16 *d = own->drive, *s = own->share, *states = own->states;
             gather(g, drive + image * pixels * drive_stride, drive_stride, d);
             gather(g, share + image * pixels * share_stride, share_stride, s);
             std::fill_n(states, g.line(), 0);
@@ -294,29 +311,31 @@ void liquid_kernel_forward(int images, int channels, int height, int width, int 
             scatter(g, states + steps % 2 * g.line() + g.first(), output + image * pixels * channels);
         }
     }
+    return !failed;
+} catch (const std::bad_alloc&) {
+    return false;
 }
 
-// The gradients of drive, share and state (null if that was) and of the weight. The states in between are computed
-// again, image by image: that is quicker than to write them to memory and read them back.
-void liquid_kernel_backward(int images, int channels, int height, int width, int steps, const bf16* gradient,
-                            int64_t gradient_stride, const bf16* state, int64_t state_stride,
-                            const bf16* drive, int64_t drive_stride, const bf16* share, int64_t share_stride,
-                            const float* weight, bf16* state_gradient, bf16* drive_gradient, bf16* share_gradient,
-                            float* weight_gradient) {
+// The gradients of state (null if that was), drive, share and the weight. The states in between are computed again in
+// the cache, image by image, instead of being written to memory and read back.
+bool liquid_kernel_backward(int images, int channels, int height, int width, int steps, const bf16* gradient,
+                            int64_t gradient_stride, const bf16* state, int64_t state_stride, const bf16* drive,
+                            int64_t drive_stride, const bf16* share, int64_t share_stride, const float* weight,
+                            bf16* state_gradient, bf16* drive_gradient, bf16* share_gradient,
+                            float* weight_gradient) try {
     const Grid g{channels, height, width};
     const int64_t pixels = int64_t(height) * width;
     const int inner = g.positions() * CHANNELS;
     const int weights = TAPS * CHANNELS * CHANNELS;
     Buffer<bf16> factor(weights), exchanged(weights);
-    std::vector<std::unique_ptr<Buffer<float>>> parts(omp_get_max_threads());
+    std::vector<std::unique_ptr<Buffer<float>>> parts(omp_get_max_threads());  // of the weight's gradient, by thread
+    bool failed = false;
 #pragma omp parallel
     {
         Tiles tiles;
-        Scratch& own = Scratch::of(g, steps);
-        bf16 *d = own.drive, *s = own.share, *states = own.states, *drives = own.drives;
-        float *of_h = own.of_h, *of_share = own.of_share;
+        Scratch* own = made([&] { return &Scratch::of(g, steps); }, failed);
         auto& part = parts[omp_get_thread_num()];
-        part = std::make_unique<Buffer<float>>(weights);
+        part.reset(made([&] { return new Buffer<float>(weights); }, failed));
         const Pair zero{_mm512_setzero_ps(), _mm512_setzero_ps()};
 #pragma omp for schedule(static)
         for (int tap = 0; tap < TAPS; tap++) {
@@ -325,6 +344,9 @@ void liquid_kernel_backward(int images, int channels, int height, int width, int
         }
 #pragma omp for schedule(static)
         for (int image = 0; image < images; image++) {
+            if (failed) continue;
+            bf16 *d = own->drive, *s = own->share, *states = own->states, *drives = own->drives;
+            float *of_h = own->of_h, *of_share = own->of_share;
             gather(g, drive + image * pixels * drive_stride, drive_stride, d);
             gather(g, share + image * pixels * share_stride, share_stride, s);
             std::fill_n(states, g.line(), 0);
@@ -338,7 +360,7 @@ void liquid_kernel_backward(int images, int channels, int height, int width, int
             }
             for (int step = steps - 1; step >= 0; step--) {
                 const bf16* h = states + step * g.line();  // h_0 has zeros if it starts from them
-                bf16* of_z = drives + step * g.line();  // takes the place of z
+                bf16* of_z = drives + step * g.line();     // takes the place of z
                 for (int at = 0; at < inner; at += CHANNELS) {
                     const Pair z = load(of_z + g.first() + at), a = load(s + at), now = load(h + g.first() + at);
                     Pair g_h = load(of_h + at), g_s = load(of_share + at), g_z;
@@ -364,7 +386,7 @@ void liquid_kernel_backward(int images, int channels, int height, int width, int
                                  exchanged + tap * CHANNELS * CHANNELS, 128);
                     sums_store(of_h + q * CHANNELS);
                 }
-                add_weight_gradient(g, h, of_z, own.columns, own.paired, *part);
+                add_weight_gradient(g, h, of_z, own->columns, own->paired, *part);
             }
             scatter(g, of_share, share_gradient + image * pixels * channels);
             if (state) scatter(g, of_h, state_gradient + image * pixels * channels);
@@ -387,5 +409,8 @@ void liquid_kernel_backward(int images, int channels, int height, int width, int
                     if (part) sum += (*part)[(tap * CHANNELS + input) * CHANNELS + output];
                 weight_gradient[(output * channels + input) * TAPS + tap] = sum;
             }
+    return !failed;
+} catch (const std::bad_alloc&) {
+    return false;
 }
 }

@@ -50,6 +50,8 @@ def library() -> ctypes.CDLL | None:
         kernel = ctypes.CDLL(str(compiled_file(flags.group(1))))
     except (OSError, subprocess.CalledProcessError):
         return None
+    for function in (kernel.liquid_kernel_permitted, kernel.liquid_kernel_forward, kernel.liquid_kernel_backward):
+        function.restype = ctypes.c_bool
     return kernel if kernel.liquid_kernel_permitted() else None
 
 
@@ -83,7 +85,7 @@ def integrate(h: Tensor | None, drive: Tensor, share: Tensor, weight: Tensor, nu
 @torch.library.custom_op("liquid::integrate", mutates_args=(), device_types="cpu")
 def _integrate(h: Tensor | None, drive: Tensor, share: Tensor, weight: Tensor, num_steps: int) -> Tensor:
     read, weight, output = [_pixels(x) for x in (h, drive, share)], weight.float().contiguous(), _like(drive)
-    library().liquid_kernel_forward(*drive.shape, num_steps, *_where_and_stride(read), _where(weight), _where(output))
+    _run("forward", *drive.shape, num_steps, *_where_and_stride(read), _where(weight), _where(output))
     return output
 
 
@@ -100,9 +102,7 @@ def _integrate_backward(
     read, weight = [_pixels(x) for x in (gradient, h, drive, share)], weight.float().contiguous()
     of_h, *others = _gradients(h, drive, share, weight)
     written = [None if h is None else of_h, *others]
-    library().liquid_kernel_backward(
-        *drive.shape, num_steps, *_where_and_stride(read), _where(weight), *map(_where, written)
-    )
+    _run("backward", *drive.shape, num_steps, *_where_and_stride(read), _where(weight), *map(_where, written))
     return of_h, *others
 
 
@@ -156,3 +156,9 @@ def _where(x: Tensor | None) -> ctypes.c_void_p:
 
 def _where_and_stride(pixels: list[tuple[Tensor | None, int]]) -> list[ctypes.c_void_p | ctypes.c_int64]:
     return [argument for x, stride in pixels for argument in (_where(x), ctypes.c_int64(stride))]
+
+
+def _run(name: str, *arguments: int | ctypes.c_void_p | ctypes.c_int64) -> None:
+    """Call a function of the kernel. Raises MemoryError."""
+    if not getattr(library(), f"liquid_kernel_{name}")(*arguments):
+        raise MemoryError("out of memory in the liquid kernel")

@@ -1,6 +1,7 @@
 """The compiled kernel against the same steps in torch, in double precision, and where there is none."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import liquid_kernel
 from liquid_diffusion import RealLiquidCell, TrueLiquidDiffusionModel
 
+resource = pytest.importorskip("resource")
 needs_kernel = pytest.mark.skipif(not liquid_kernel.available(), reason="no AMX, or no C++ compiler")
 NAMES = ("output", "h", "drive", "share", "weight")
 
@@ -127,6 +129,24 @@ def test_model_computes_the_same_with_and_without_it(monkeypatch, threads):
     assert not torch.equal(found, without)  # so the kernel did run
     assert error(found, exact) < 2**-5
     assert error(found, exact) < 1.5 * error(without, exact)
+
+
+@needs_kernel
+def test_where_memory_runs_out_it_raises_memory_error():
+    (_, drive, share, weight), gradient = inputs((1, 1, 120, 120), carried=False)
+    drive.requires_grad_()
+    output = liquid_kernel.integrate(None, drive, share, weight, 3)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), limits[1]))
+    try:
+        for steps in (40, 41):  # another number of steps needs room of its own
+            with pytest.raises(MemoryError):
+                liquid_kernel.integrate(None, drive, share, weight, steps)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    output.backward(gradient)
+    assert drive.grad.isfinite().all()
 
 
 @needs_kernel
