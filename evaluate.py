@@ -23,7 +23,8 @@ from checkpoint import CONFIG_FILE, MODEL_FILE, check_writable, read_config, sav
 from command_line import Parser, integer, run
 from diffusion import SAMPLERS
 from errors import RunFailed, UserError
-from evaluation import SHOWN, Report, by_solver, evaluate, subject, table
+from evaluation import SHOWN, Report, by_solver, evaluate, subject
+from evaluation_report import table
 from hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_named
 from image_data import DATASETS, ImageData, held_out_bank, load_images
 from inception_distances import MissingWeights, inception_weights, require_torch_fidelity
