@@ -75,7 +75,7 @@ class Bench:
         return train_step(config, data, Processes(self.device), scheduler, state)
 
 
-def measured(calls: dict, seconds: float) -> dict:
+def measured(calls: dict, bench: Bench) -> dict:
     """For each call, {"seconds", the median, and "rounds"}, or {"reason"} where it does not work here."""
     report, working = {}, {}
     for name, call in calls.items():
@@ -87,14 +87,14 @@ def measured(calls: dict, seconds: float) -> dict:
                 raise
             reason = "out of memory" if is_out_of_memory(error) else f"compiling: {str(error).splitlines()[0]}"
             report[name] = {"reason": reason}
-    for name, rounds in in_turn(working, seconds, warmed_up=True).items():
+    for name, rounds in in_turn(working, bench.device, bench.seconds, warmed_up=True).items():
         report[name] = {"seconds": statistics.median(rounds), "rounds": rounds}
     return report
 
 
-def by_variant(calls: dict, seconds: float) -> dict[str, dict]:
+def by_variant(calls: dict, bench: Bench) -> dict[str, dict]:
     """Measure calls by (name, variant) in turn: for each name the fastest variant, its seconds, and all variants."""
-    found, report = measured(calls, seconds), {}
+    found, report = measured(calls, bench), {}
     for name in dict.fromkeys(name for name, _ in calls):
         variants = {variant: found[name, variant] for other, variant in calls if other == name}
         worked = [variant for variant, value in variants.items() if "seconds" in value]
@@ -111,7 +111,7 @@ def measure_train(bench: Bench) -> dict:
     """Train steps of every arm."""
     report = {}
     calls = {(arm, v): bench.step(bench.config(arm, v)) for arm in (*SMALL, LARGE) for v in bench.variants}
-    for arm, found in by_variant(calls, bench.seconds).items():
+    for arm, found in by_variant(calls, bench).items():
         model = build_model(ARMS[arm][0], **ARMS[arm][1])
         report[arm] = {
             "parameters": count_parameters(model),
@@ -147,7 +147,7 @@ def measure_sampling(bench: Bench) -> dict:
         trial()
         whole = SAMPLING_STEPS / 2 * (time.perf_counter() - started)
         steps[arm] = max(2, min(SAMPLING_STEPS, int(SAMPLING_STEPS * LONGEST_SAMPLING / whole)))
-    report = by_variant({(arm, v): sampling(arm, v, steps[arm]) for arm, v in networks}, bench.seconds)
+    report = by_variant({(arm, v): sampling(arm, v, steps[arm]) for arm, v in networks}, bench)
     for arm, part in report.items():
         scale = SAMPLING_STEPS / steps[arm]
         part |= {"steps_timed": steps[arm], "seconds": part["seconds"] and scale * part["seconds"]}
@@ -172,7 +172,7 @@ def measure_peers(bench: Bench) -> dict:
         for name, (cell, x) in cells.items()
         for v in bench.variants
     }
-    report = by_variant(calls, bench.seconds)
+    report = by_variant(calls, bench)
     all_pixels = bench.batch_size * bench.side**2
     for name, part in report.items():
         timed = len(cells[name][1][0]) if name.startswith("ncps") else all_pixels
@@ -184,7 +184,7 @@ def measure_peers(bench: Bench) -> dict:
     }
     return {
         "cell": {"inputs": width, "units": units, "ode_steps": ours.num_steps, "pixels": all_pixels, "peers": report},
-        "train_step": by_variant(steps, bench.seconds),
+        "train_step": by_variant(steps, bench),
         "torchdiffeq_largest_difference": peers.largest_difference(ours, theirs, inputs),
     }
 
@@ -199,9 +199,9 @@ def measure_floor(bench: Bench) -> dict:
         model, shape = build_model(ARMS[arm][0], **ARMS[arm][1]), (3, bench.side, bench.side)
         counts = conv_floor.convolutions(model, shape, bench.batch_size)
         step = {"": bench.step(bench.config(arm, bench.best[arm]))}
-        rounds = in_turn(step, bench.seconds)[""]
+        rounds = in_turn(step, bench.device, bench.seconds)[""]
         floor, table = conv_floor.floor_seconds(counts, bench.device, bench.seconds / 10)
-        rounds += in_turn(step, bench.seconds)[""]  # again: a machine that has slowed down meets both
+        rounds += in_turn(step, bench.device, bench.seconds)[""]  # again: a machine that has slowed down meets both
         # the rest, linear layers and attention, has a backward pass of two forward ones
         rest = bench.batch_size * multiply_adds(model, shape) - sum(n * c.multiply_adds for c, n in counts.items())
         work = 3 * rest + sum(n * c.training_multiply_adds for c, n in counts.items())
@@ -228,9 +228,7 @@ def measure_growth(bench: Bench) -> dict:
 
     def rates(batch_size: int, side: int) -> dict:
         torch._dynamo.reset()  # every size is compiled for itself, and nothing of the last one is kept
-        found = measured(
-            {arm: bench.step(bench.config(arm, bench.best[arm], batch_size), side) for arm in arms}, bench.seconds
-        )
+        found = measured({arm: bench.step(bench.config(arm, bench.best[arm], batch_size), side) for arm in arms}, bench)
         for part in found.values():
             if "seconds" in part:
                 part["images_per_second"] = batch_size / part["seconds"]
@@ -244,7 +242,7 @@ def measure_growth(bench: Bench) -> dict:
     torch._dynamo.reset()
     if "true" in bench.best:
         steps = {n: bench.step(bench.config("true", bench.best["true"], ode_steps=n)) for n in ODE_STEPS}
-        report["ode_steps"] = {" ".join(map(str, n)): part for n, part in measured(steps, bench.seconds).items()}
+        report["ode_steps"] = {" ".join(map(str, n)): part for n, part in measured(steps, bench).items()}
     return report
 
 
@@ -267,7 +265,7 @@ def measure_processes(bench: Bench) -> dict:
     if "true" not in bench.best:
         return {"reason": "the true model does not train here"}
     variant = Variant(bench.best["true"].precision, False)
-    seconds = measured({"": bench.step(bench.config("true", variant))}, bench.seconds)[""]["seconds"]
+    seconds = measured({"": bench.step(bench.config("true", variant))}, bench)[""]["seconds"]
     steps = max(1, round(5 * bench.seconds / seconds))
     return one_against_two(bench.config("true", variant), bench.side, torch.get_num_threads(), steps)
 

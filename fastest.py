@@ -1,22 +1,24 @@
 """How a run computes: precision and compilation, chosen by timing the run's own step on this machine."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import nn
 
 from diffusion import DDPMScheduler
-from hardware import Processes, compiled, has_bf16, is_compiler_failure, synchronize
+from hardware import Processes, has_bf16, is_compiler_failure, synchronize
 from image_data import ImageData, training_batch
 from train_config import TrainConfig
 from train_state import TrainState
-from training_step import backward
+from training_step import gradient_function
 
 WORTHWHILE = 0.9  # a faster way is taken if its step lasts at most this share of the plain one's
 ROUNDS = 8
-LONG_RUN = 300.0  # seconds: compiling the true model takes 30 on two cores and has been measured to save a quarter
+# seconds; compiling the true model takes 30 and has been measured to save a quarter on two cores, half and more on CUDA
+LONG_RUN = {"cpu": 300.0, "cuda": 60.0}
 
 
 def faster(
@@ -35,22 +37,23 @@ def faster(
     size = config.batch_size // here.world_size
     batch = training_batch(data, seed=0, number=0, batch_size=size, num_timesteps=config.timesteps, device=here.device)
 
-    def timed(network: nn.Module, precision: str) -> Callable[[], None]:
-        return lambda: backward(network, scheduler, batch, replace(config, precision=precision), 1 / size)
+    def timed(precision: str, compile_: str) -> Callable[[], object]:
+        way = replace(config, precision=precision, compile=compile_, batch_size=size)
+        return partial(gradient_function(state, scheduler, way, Processes(here.device)), batch)
 
-    network, precisions, compile_ = state.model, [config.precision], config.compile
+    precisions, compile_ = [config.precision], config.compile
     if config.precision == "auto":
         precisions = ["fp32", "bf16"] if has_bf16(here.device) else ["fp32"]
-    seconds = best_seconds({name: timed(network, name) for name in precisions}, here.device)
+    seconds = best_seconds({name: timed(name, "off") for name in precisions}, here.device)
     precision = worthwhile(seconds, precisions[0])
     if compile_ == "auto":
         compile_ = "off"
         total = config.total_steps(len(data.train))
         rest = (total - state.step) * seconds[precision] if total else 60 * config.minutes - state.seconds
-        if rest >= LONG_RUN and here.device.type != "mps":
+        if rest >= LONG_RUN.get(here.device.type, math.inf):
             print("compiling the network, to see whether that is faster: about half a minute", flush=True)
             try:
-                both = {"off": timed(network, precision), "on": timed(compiled(network), precision)}
+                both = {name: timed(precision, name) for name in ("off", "on")}
                 compile_ = worthwhile(best_seconds(both, here.device), "off")
             except RuntimeError as error:
                 if not is_compiler_failure(error):

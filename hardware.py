@@ -42,6 +42,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def make_reproducible(device: torch.device) -> None:
+    """Let the same seed give the same bytes, which on CUDA excludes some kernels."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against kernels that read it; it costs
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether bf16 is worth a trial on this device."""
     return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))

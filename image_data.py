@@ -8,7 +8,7 @@ torchvision is imported where it is used: that takes seconds, which a run that d
 """
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -52,10 +52,10 @@ class ImageData:
         return tuple(self.train.shape[1:])
 
     def to(self, device: torch.device) -> "ImageData":
-        """The training images on `device`, if they take at most half of its free memory."""
+        """The training images and labels on `device`, if they take at most half of its free memory."""
         if device.type != "cuda" or self.train.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
             return self
-        return ImageData(**{**self.__dict__, "train": self.train.to(device)})
+        return replace(self, train=self.train.to(device), train_labels=self.train_labels.to(device))
 
 
 def load_images(
@@ -187,16 +187,16 @@ def to_float(images: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=2)  # the epoch at hand and, in the batch that straddles two, the next
-def _epoch_order(seed: int, epoch: int, size: int) -> Tensor:
-    return torch.randperm(size, generator=random_generator("cpu", seed, epoch, stream=0))
+def _epoch_order(seed: int, epoch: int, size: int, device: torch.device) -> Tensor:
+    return torch.randperm(size, generator=random_generator("cpu", seed, epoch, stream=0)).to(device)
 
 
-def _shuffled(seed: int, first: int, last: int, size: int) -> Tensor:
+def _shuffled(seed: int, first: int, last: int, size: int, device: torch.device) -> Tensor:
     """Entries first..last of the endless sequence in which every epoch visits each of `size` images once."""
     parts = []
     while first < last:
         epoch, offset = divmod(first, size)
-        parts.append(_epoch_order(seed, epoch, size)[offset : offset + last - first])
+        parts.append(_epoch_order(seed, epoch, size, device)[offset : offset + last - first])
         first += len(parts[-1])
     return torch.cat(parts)
 
@@ -226,14 +226,15 @@ def training_batch(
     """
     size = len(data.train)
     share = slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
-    index = _shuffled(seed, number * batch_size + share.start, number * batch_size + share.stop, size)
+    first, last = number * batch_size + share.start, number * batch_size + share.stop
+    index = _shuffled(seed, first, last, size, data.train.device)  # where the images are: copying it would wait
 
     random = random_generator(device, seed, number, stream=1)
     mirrored, dropped = torch.rand(2, batch_size, generator=random, device=device)
     offset = torch.rand(1, generator=random, device=device)
     eps = torch.randn(batch_size, *data.shape, generator=random, device=device)[share]
 
-    x_0 = to_float(data.train[index.to(data.train.device)].to(device))
+    x_0 = to_float(data.train[index].to(device))
     if data.mirror:
         x_0 = torch.where(mirrored[share, None, None, None] < 0.5, x_0.flip(3), x_0)
     strata = (offset + torch.arange(batch_size, device=device)[share] / batch_size) % 1

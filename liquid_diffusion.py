@@ -147,7 +147,9 @@ class RealLiquidCell(nn.Module):
         if self.solver in ODEINT_SOLVERS:
             h = torch.zeros_like(drive) if h is None else h
             return self._odeint(h, drive, tau, horizon, num_steps)
-        share = STEP_SHARE[self.solver](horizon / num_steps / tau)
+        share = STEP_SHARE[self.solver](horizon / num_steps / tau).to(
+            drive.dtype
+        )  # on CUDA autocast divides in float32
         if self.activation is F.silu and liquid_kernel.fits(drive):
             return liquid_kernel.integrate(h, drive, share, self.recurrent.weight, num_steps)
         for _ in range(num_steps):
@@ -284,6 +286,10 @@ class TrueLiquidDiffusionModel(nn.Module):
         """Integrate the same ODE otherwise: another solver, other steps for (global, local, detail)."""
         for i, cell in enumerate(self.processor.cells.values()):
             cell.set_solver(solver or cell.solver, ode_steps[i] if ode_steps else cell.num_steps)
+
+    def current_steps(self) -> tuple[int, ...]:
+        """The numbers of ODE steps that `set_solver` set last, of (global, local, detail)."""
+        return tuple(cell.num_steps for cell in self.processor.cells.values())
 
     def forward(
         self,

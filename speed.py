@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from diffusion import DDPMScheduler
-from hardware import Processes, compiled
+from hardware import Processes, make_reproducible, synchronize
 from image_data import ImageData
 from train_config import TrainConfig
 from train_state import TrainState, untrained
-from training_step import take_step
+from training_step import gradient_function, take_step
 
 ROUNDS = 5
 SECONDS = 1.0  # of each round, a model; a slow model's round is one step
@@ -34,20 +33,26 @@ def training_rates(configs: dict[str, TrainConfig], data: ImageData, device: tor
     """Images a second that each config trains on, batches and moving average included: the median of ROUNDS rounds."""
     data, here = data.to(device), Processes(device)
     steps = {name: train_step(config, data, here, *untrained(config, data, device)) for name, config in configs.items()}
-    return {name: configs[name].batch_size / statistics.median(rounds) for name, rounds in in_turn(steps).items()}
+    rounds = in_turn(steps, device)
+    return {name: configs[name].batch_size / statistics.median(rounds[name]) for name in configs}
 
 
 def in_turn(
-    calls: dict[Name, Callable[[], object]], seconds: float | None = None, *, warmed_up: bool = False
+    calls: dict[Name, Callable[[], object]],
+    device: torch.device,
+    seconds: float | None = None,
+    *,
+    warmed_up: bool = False,
 ) -> dict[Name, list[float]]:
     """Seconds that each call takes, one value for each of ROUNDS rounds, in which the calls take turns.
 
-    seconds: of a round, a call (default: SECONDS). A call that lasts SLOW rounds has SLOW_ROUNDS of them. Each has to
-    return when its work is done, on whatever device. warmed_up: each has been called before.
+    seconds: of a round, a call (default: SECONDS). A call that lasts SLOW rounds has SLOW_ROUNDS of them. A round ends
+    when the device has done what its calls gave it. warmed_up: each has been called before.
     """
     seconds = SECONDS if seconds is None else seconds
     for call in [] if warmed_up else calls.values():
         call()  # the first one compiles, allocates and chooses kernels
+    synchronize(device)
     rounds: dict[Name, list[float]] = {name: [] for name in calls}
     for turn in range(ROUNDS):
         for name, call in calls.items():
@@ -58,24 +63,18 @@ def in_turn(
                 call()
                 count += 1
                 elapsed = time.perf_counter() - started
-            rounds[name].append(elapsed / count)
+            synchronize(device)
+            rounds[name].append((time.perf_counter() - started) / count)
     return rounds
 
 
 def train_step(
     config: TrainConfig, data: ImageData, here: Processes, scheduler: DDPMScheduler, state: TrainState
 ) -> Callable[[], None]:
-    """A function that trains `state` by one step, as the training loop does, and returns when that is done."""
-    network = compiled(state.model) if config.compile == "on" else state.model
-    if here.world_size > 1:
-        network = DistributedDataParallel(network)
-
-    def step() -> None:
-        take_step(network, state, scheduler, data, config, here, progress=0.0)
-        if here.device.type != "cpu":
-            state.loss_sum.item()  # waits for the device
-
-    return step
+    """A function that trains `state` by one step, as the training loop does; a GPU may still be at it."""
+    make_reproducible(here.device)
+    gradient = gradient_function(state, scheduler, config, here)
+    return lambda: take_step(gradient, state, data, config, here, progress=0.0)
 
 
 def machine_name(device: torch.device) -> str:

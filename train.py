@@ -87,7 +87,7 @@ def parser() -> Parser:
         choices=COMPILE,
         const="on",
         default=default["compile"],
-        help="torch.compile the network; auto: if the run is long and it is measured to be faster",
+        help="torch.compile, on CUDA into CUDA graphs; auto: if the run is long and it is measured to be faster",
     )
     p.add_argument("--log-every", type=integer(1), default=default["log_every"], help="steps between log lines")
     p.add_argument(

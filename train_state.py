@@ -32,18 +32,21 @@ class TrainState:
         """about: the config to rebuild the model from, with what it is trained on."""
         self.model = model
         self.about = about
-        self.ema = AveragedModel(
-            model,
-            multi_avg_fn=lambda average, now, _: torch._foreach_lerp_(
-                average, now, 1 - ema_decay(longest_decay, self.step)
-            ),
-        )
+        self.ema = AveragedModel(model)
+        self.longest_decay = longest_decay
         self.optimizer = torch.optim.AdamW(model.parameters(), lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
         self.step = 0
         self.seconds = 0.0
         # since the last log line; the sum stays on the device, where adding to it does not wait for the step
         self.loss_sum = torch.zeros((), dtype=torch.float32, device=next(model.parameters()).device)
         self.loss_steps = 0
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the average towards the weights; `AveragedModel.update_parameters` would wait for a GPU to do so."""
+        decay = ema_decay(self.longest_decay, self.step) if self.step else 0.0
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        self.ema.n_averaged += 1
 
     def mean_loss(self, here: Processes, run: Path) -> float:
         """The loss since the last log line, over all processes. Raises RunFailed if it or a weight is not finite."""

@@ -5,7 +5,6 @@ noise and learning rate are pure functions of the config and the step, so a resu
 """
 
 import math
-import os
 import platform
 import sys
 import time
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
@@ -27,19 +25,19 @@ from errors import RunFailed, UserError
 from fastest import faster
 from hardware import (
     Processes,
-    compiled,
     is_compiler_failure,
     is_lost_process,
     is_out_of_memory,
     join_processes,
     keep_freed_memory,
+    make_reproducible,
 )
 from image_data import ImageData, held_out_bank, load_images
 from models import count_parameters, multiply_adds
 from run_log import RunLog, tensorboard_writer
 from train_config import TrainConfig
 from train_state import TrainState, untrained
-from training_step import take_step
+from training_step import gradient_function, take_step
 from validation import held_out_loss, sample_grid
 
 SKIPPED_SHOWN = 3
@@ -72,9 +70,7 @@ def train(
             held.enter_context(checkpoint.only_writer(resume))
         if config.batch_size < here.world_size:
             raise UserError(f"--batch-size: must be at least the {here.world_size} processes, got {config.batch_size}")
-        if here.device.type == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # same seed, same bytes
-            torch.use_deterministic_algorithms(True, warn_only=True)
+        make_reproducible(here.device)
         run = resume or checkpoint.next_run_folder(Path(config.output_dir), f"{config.model}-{config.dataset}")
         with failures_named(run, here, "a smaller --image-size or fewer images"), here.main_first():
             data = data or load_images(
@@ -145,9 +141,7 @@ def loop(
 
     The run's seconds are those of training: the clock stands still while the run measures, draws and saves.
     """
-    network = compiled(state.model) if config.compile == "on" else state.model
-    if here.world_size > 1:
-        network = DistributedDataParallel(network)
+    gradient = gradient_function(state, scheduler, config, here)
     bank = held_out_bank(data, config.timesteps)
     total_steps = config.total_steps(len(data.train))
     first_step, started, lr = state.step, time.monotonic() - state.seconds, 0.0
@@ -194,7 +188,7 @@ def loop(
                     log.curves()
                 return done
 
-            lr = take_step(network, state, scheduler, data, config, here, progress)
+            lr = take_step(gradient, state, data, config, here, progress)
             if here.is_main:
                 bar.update(config.batch_size)
                 if on_progress is not None:

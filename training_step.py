@@ -4,12 +4,15 @@
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from cuda_graph import CapturedGradient
 from diffusion import DDPMScheduler
-from hardware import Processes
+from hardware import Processes, compiled
 from image_data import Batch, ImageData, memory_noise, random_generator, training_batch
 from liquid_diffusion import ODE_STEP_SHARES, scaled_steps
 from train_config import TrainConfig
@@ -33,10 +36,35 @@ def ode_step_share(seed: int, number: int) -> float:
     return list(ODE_STEP_SHARES)[int(drawn)]
 
 
+def gradient_function(
+    state: TrainState, scheduler: DDPMScheduler, config: TrainConfig, here: Processes
+) -> Callable[..., Tensor]:
+    """A function of a batch, or of this process's share of one, and of noise for the memory of a model that has one.
+
+    It leaves the clipped gradient of the batch's mean loss in the weights of `state.model`, as the config's precision
+    and compilation have it, and returns the summed loss over the batch's size, (). On a GPU that one process has for
+    itself, "on" means a CUDA graph, too.
+    """
+    network = compiled(state.model) if config.compile == "on" else state.model
+    if here.world_size > 1:
+        network = DistributedDataParallel(network)
+    scale = here.world_size / config.batch_size  # the parallel network averages over the processes
+
+    def gradient(batch: Batch, memory: Tensor | None = None) -> Tensor:
+        state.optimizer.zero_grad()
+        loss = backward(network, scheduler, batch, config, scale, memory)
+        nn.utils.clip_grad_norm_(state.model.parameters(), GRADIENT_NORM)
+        return loss
+
+    alone_on_cuda = here.device.type == "cuda" and here.world_size == 1
+    if config.compile == "on" and alone_on_cuda and not carries_state(state.model):
+        return CapturedGradient(gradient, state.model)
+    return gradient
+
+
 def take_step(
-    network: nn.Module,
+    gradient: Callable[..., Tensor],
     state: TrainState,
-    scheduler: DDPMScheduler,
     data: ImageData,
     config: TrainConfig,
     here: Processes,
@@ -44,30 +72,31 @@ def take_step(
 ) -> float:
     """Train `state` on batch number `state.step`, or on this process's share of it; returns the learning rate.
 
-    network: the state's model, compiled or made parallel. progress: the share of the run that is done, 0 to 1.
+    gradient: the state's `gradient_function`. progress: the share of the run that is done, 0 to 1. Nothing here waits
+    for a GPU, so that it computes one step while the next one is prepared.
     """
     share = {"seed": config.seed, "number": state.step, "batch_size": config.batch_size}
     share |= {"rank": here.rank, "world_size": here.world_size}
     batch = training_batch(data, num_timesteps=config.timesteps, device=here.device, **share)
-    memory = None
-    if getattr(state.model, "carries_state", False):
-        memory = memory_noise(data.shape, **share).to(here.device)
+    memory = [memory_noise(data.shape, **share).to(here.device)] if carries_state(state.model) else []
     if getattr(state.model, "random_steps", False):
         share_of_steps = ode_step_share(config.seed, state.step)
         state.model.set_solver(ode_steps=scaled_steps(state.model.ode_steps, share_of_steps))
-    # DistributedDataParallel averages over the processes: scaled so, the average is the global batch's mean
-    loss = backward(network, scheduler, batch, config, here.world_size / config.batch_size, memory)
-    nn.utils.clip_grad_norm_(state.model.parameters(), GRADIENT_NORM)
+    loss = gradient(batch, *memory)
     lr = learning_rate(config.lr, state.step, progress)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
-    state.optimizer.zero_grad()
-    state.ema.update_parameters(state.model)
+    state.average()
     state.loss_sum += loss / here.world_size
     state.loss_steps += 1
     state.step += 1
     return lr
+
+
+def carries_state(model: nn.Module) -> bool:
+    """Whether the model starts a denoising step from the state that the step before left."""
+    return getattr(model, "carries_state", False)
 
 
 def backward(

@@ -84,7 +84,7 @@ def test_the_floor_is_the_sum_over_calls_of_what_is_best_for_each(monkeypatch):
     """Passes that take 1 s, but 0.5 s in one form; a clock that nobody waits for."""
     times = {"forward": 1.0, "backward": 1.0}
 
-    def in_turn(calls, seconds):
+    def in_turn(calls, device, seconds):
         return {name: [0.5 if name[:2] == ("bf16", "contiguous") else times[name[2]]] for name in calls}
 
     monkeypatch.setattr("conv_floor.in_turn", in_turn)
@@ -157,7 +157,10 @@ def test_calls_take_turns_and_a_slow_one_has_fewer_rounds(monkeypatch):
 
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
     calls = {"quick": lambda: takes("quick", 2.0), "slow": lambda: takes("slow", 11.0)}
-    assert speed.in_turn(calls, seconds=1.0, warmed_up=True) == {"quick": [2.0] * 5, "slow": [11.0] * 3}
+    assert speed.in_turn(calls, torch.device("cpu"), seconds=1.0, warmed_up=True) == {
+        "quick": [2.0] * 5,
+        "slow": [11.0] * 3,
+    }
     assert order == ["quick", "slow"] * 3 + ["quick"] * 2
 
 
@@ -166,7 +169,8 @@ def test_what_does_not_work_here_is_a_reason_and_the_best_of_the_rest_counts():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     fp32, bf16 = sections.Variant("fp32", False), sections.Variant("bf16", True)
-    report = sections.by_variant({("a", fp32): lambda: None, ("a", bf16): too_large, ("b", bf16): too_large}, 1e-4)
+    bench = sections.Bench(torch.device("cpu"), 8, 8, 1e-4, [fp32, bf16])
+    report = sections.by_variant({("a", fp32): lambda: None, ("a", bf16): too_large, ("b", bf16): too_large}, bench)
     assert report["a"]["best"] == "fp32" and report["a"]["seconds"] > 0
     assert report["a"]["variants"]["bf16, compiled"] == {"reason": "out of memory"}
     assert report["b"] == {"best": None, "seconds": None, "variants": {"bf16, compiled": {"reason": "out of memory"}}}

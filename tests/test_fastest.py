@@ -24,10 +24,15 @@ def chosen(monkeypatch, seconds, **options):
     """What `faster` makes of a run of the digits, where a step lasts seconds[precision, compiled]."""
     clock = [0.0]
 
-    def backward(network, scheduler, batch, config, scale):
-        clock[0] += seconds[config.precision, network == "compiled"]
+    def gradient_function(state, scheduler, config, here):
+        compiled = config.compile == "on" and torch.compile(state.model)
 
-    monkeypatch.setattr(fastest, "backward", backward)
+        def gradient(batch):
+            clock[0] += seconds[config.precision, compiled == "compiled"]
+
+        return gradient
+
+    monkeypatch.setattr(fastest, "gradient_function", gradient_function)
     monkeypatch.setattr(fastest.time, "perf_counter", lambda: clock[0])
     data = load_images("digits", "unused")
     config = TrainConfig(dataset="digits", epochs=None, **options)

@@ -14,7 +14,7 @@ from models import build_model, load_model, multiply_adds, training_multiply_add
 from train_config import TrainConfig
 from train_state import untrained
 from training import train
-from training_step import ode_step_share, take_step
+from training_step import gradient_function, ode_step_share, take_step
 from validation import held_out_loss
 
 DIGITS = load_images("digits", "data")
@@ -44,8 +44,9 @@ def test_a_training_step_is_that_of_a_model_with_the_drawn_number_of_steps():
         fixed.model.load_state_dict(before)
         fixed.step = number
         loss_before = state.loss_sum.clone()
-        take_step(fixed.model, fixed, scheduler, DIGITS, fixed_config, Processes(CPU), 0.0)
-        take_step(state.model, state, scheduler, DIGITS, CONFIG, Processes(CPU), 0.0)
+        for one, config in ((fixed, fixed_config), (state, CONFIG)):
+            gradient = gradient_function(one, scheduler, config, Processes(CPU))
+            take_step(gradient, one, DIGITS, config, Processes(CPU), 0.0)
         assert (state.loss_sum - loss_before).item() == pytest.approx(fixed.loss_sum.item(), rel=1e-5)
 
 

@@ -13,7 +13,7 @@ def test_the_rate_is_images_over_time_and_the_models_take_turns(monkeypatch):
     clock, order = [0.0], []
     data = load_images("digits", "unused")
 
-    def take_step(network, state, *_, **__):
+    def take_step(gradient, state, *_, **__):
         name = state.about["model"]
         order.append(name)
         clock[0] += 0.5 if name == "inspired" else 20.0 if order.count("true") == 3 else 2.0

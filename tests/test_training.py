@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from checkpoint import read_resume
 from diffusion import DDPMScheduler
@@ -10,7 +11,7 @@ from hardware import choose_device
 from image_data import Batch, ImageData, held_out_bank, load_images, to_float
 from models import load_model
 from train_config import TrainConfig
-from train_state import ema_decay
+from train_state import TrainState, ema_decay
 from training import train
 from training_step import learning_rate
 from validation import held_out_loss
@@ -88,6 +89,20 @@ def test_the_average_is_the_weighted_mean_of_the_weights():
     assert ema_decay(0.0, 10) == 0.0
     weight_of_first = torch.tensor(decays[:50], dtype=torch.float64).prod().item()
     assert weight_of_first < 1e-6
+
+
+def test_the_average_moves_as_torch_s_own():
+    model = torch.nn.Linear(3, 2)
+    state = TrainState(model, {}, lr=0.1, longest_decay=0.1)  # which no step is below
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.1))
+    for _ in range(20):
+        with torch.no_grad():
+            model.weight.normal_()
+            model.bias.normal_()
+        theirs.update_parameters(model)
+        state.average()
+        state.step += 1
+        torch.testing.assert_close(state.ema.state_dict(), theirs.state_dict())
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine():

@@ -1,0 +1,49 @@
+"""The gradient of a training step as one CUDA graph: hundreds of small kernels cost one launch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from image_data import Batch
+
+WARM_UPS = 3  # runs before the capture, in which compilers compile and libraries choose kernels and allocate
+
+
+class CapturedGradient:
+    """`gradient(batch)` recorded at its first call and replayed from then on; on CUDA, in one process.
+
+    gradient: leaves the gradient in the weights of `model` and returns the loss, (). It may not wait for the GPU, nor
+    do anything else than the time before, save for other values in the batch, which always has the same shapes, and
+    other numbers of ODE steps: each has a graph of its own.
+    """
+
+    def __init__(self, gradient: Callable[[Batch], Tensor], model: nn.Module):
+        self.gradient, self.model = gradient, model
+        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Batch, Tensor, list[Tensor | None]]] = {}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The loss; it and the gradients are overwritten by the next call."""
+        ode_steps = self.model.current_steps() if hasattr(self.model, "current_steps") else ()
+        if ode_steps not in self.graphs:
+            self.graphs[ode_steps] = self._capture(batch)
+        graph, inputs, loss, gradients = self.graphs[ode_steps]
+        for name, value in vars(batch).items():
+            getattr(inputs, name).copy_(value)
+        graph.replay()
+        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        return loss
+
+    def _capture(self, batch: Batch):
+        inputs = Batch(**{name: value.clone() for name, value in vars(batch).items()})
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self.gradient(inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = self.gradient(inputs)
+        return graph, inputs, loss, [parameter.grad for parameter in self.model.parameters()]

@@ -1,0 +1,83 @@
+"""What is CUDA's own: the dtypes of its autocast, which fake tensors show anywhere, and, on a GPU, graphs and bytes."""
+
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cuda_graph import CapturedGradient
+from hardware import Processes
+from image_data import load_images, training_batch
+from liquid_diffusion import STEP_SHARE
+from models import build_model, load_model
+from train_config import TrainConfig
+from train_state import untrained
+from training import train
+from training_step import gradient_function
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DIGITS = load_images("digits", "unused")
+CUDA = torch.device("cuda")
+CONFIG = TrainConfig(
+    dataset="digits", epochs=None, steps=12, device="cuda", precision="bf16", compile="on", timesteps=20, log_every=5,
+    sample_every=12, save_every=6, draw_grids=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", STEP_SHARE)
+def test_under_autocast_the_state_has_the_drive_s_precision(solver):
+    with FakeTensorMode(), torch.device("cuda"):
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            torch.set_autocast_dtype("cuda", torch.bfloat16)
+            model = build_model("true", solver=solver)
+            output, state = model(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long), return_state=True)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert {tensor.dtype for tensor in (output, *state)} == {torch.bfloat16}
+    assert {tensor.device.type for tensor in (output, *state)} == {"cuda"}
+
+
+@needs_gpu
+@pytest.mark.parametrize("model", ["true", "inspired", "unet"])
+def test_a_graph_gives_the_gradients_of_the_steps_that_it_replays(model, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    own = {"random_steps": True} if model == "true" else {}
+    config = replace(CONFIG, model=model, model_config=own, precision="fp32")
+    scheduler, state = untrained(config, DIGITS, CUDA)
+    torch.nn.init.normal_(list(state.model.parameters())[-2], std=0.1)  # the head's, which are zero
+    plain, captured = (
+        gradient_function(state, scheduler, replace(config, compile=mode), Processes(CUDA)) for mode in ("off", "on")
+    )
+    assert isinstance(captured, CapturedGradient)
+    for number, ode_steps in enumerate([(3, 5, 7), (2, 3, 4), (3, 5, 7), (2, 3, 4)]):
+        if own:
+            state.model.set_solver(ode_steps=ode_steps)
+        batch = training_batch(DIGITS, seed=0, number=number, batch_size=8, num_timesteps=20, device=CUDA)
+        found = []
+        for gradient in (plain, captured):
+            loss = gradient(batch).clone()
+            found.append([loss, *(p.grad.clone() for p in state.model.parameters())])
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+    assert len(captured.graphs) == (2 if own else 1)
+
+
+@needs_gpu
+def test_same_seed_same_bytes_with_a_graph_and_after_a_resume(tmp_path):
+    def stop(progress):
+        if progress == 0.5:
+            signal.raise_signal(signal.SIGTERM)
+
+    def config(name, seed=0):
+        return replace(CONFIG, output_dir=str(tmp_path / name), seed=seed)
+
+    whole, again, other = (train(config(f"{i}", seed), data=DIGITS) for i, seed in enumerate((0, 0, 1)))
+    with pytest.raises(KeyboardInterrupt, match="step 7 is saved"):
+        train(config("stopped"), data=DIGITS, on_progress=stop)
+    (stopped,) = (tmp_path / "stopped").iterdir()
+    train(config("stopped"), resume=stopped, data=DIGITS)
+    weights = [load_model(run)[0].state_dict() for run in (whole, again, stopped, other)]
+    same = [all(torch.equal(weights[0][name], one[name]) for name in one) for one in weights]
+    assert same == [True, True, True, False]
