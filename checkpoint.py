@@ -248,6 +248,21 @@ def make_folder(folder: Path, flag: str) -> None:
         raise UserError(f"{flag}: cannot make {folder}: {_reason(error)}") from error
 
 
+def output_file(path: str | Path, flag: str, suffix: str) -> Path:
+    """The path of a file to be written, its folder made. Raises UserError, naming the flag, if it cannot be."""
+    path = Path(path)
+    if path.suffix.lower() != suffix:
+        raise UserError(f"{flag}: the file's name must end in {suffix}, got {path}")
+    check_writable(path.parent, flag)
+    make_folder(path.parent, flag)
+    try:
+        if path.is_dir():
+            raise UserError(f"{flag}: {path} is a folder; name a file in it")
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{flag}: cannot write {path} ({_reason(error)})") from error
+    return path
+
+
 def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
     """Everything in `output_dir` that has an id, by id; a folder without a name is a run that is about to start."""
     try:

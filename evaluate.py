@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CONFIG_FILE, MODEL_FILE, check_writable, read_config, save_json
+from checkpoint import CONFIG_FILE, MODEL_FILE, output_file, read_config, save_json
 from command_line import Parser, integer, run
 from diffusion import SAMPLERS
 from errors import RunFailed, UserError
@@ -134,21 +134,11 @@ def folder_of_run(checkpoint: Path) -> Path | None:
 
 def output_paths(output: str | None, checkpoint: Path, run_folder: Path | None) -> tuple[Path, Path]:
     """Where the JSON and the picture will be written. Raises UserError, naming --output, if they cannot be."""
-    if output is not None:
-        path = Path(output)
-    elif run_folder is not None:
-        path = run_folder / "evaluation.json"
-    else:
-        path = checkpoint.with_name(f"{checkpoint.stem}-evaluation.json")
-    if path.suffix != ".json":
-        raise UserError(f"--output: the file's name must end in .json, got {path}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(path.parent, "--output")
-        if path.is_dir():
-            raise UserError(f"--output: {path} is a folder; name a file in it")
-    except OSError as error:
-        raise UserError(f"--output: cannot write {path} ({error.strerror})") from error
+    if output is None and run_folder is not None:
+        output = run_folder / "evaluation.json"
+    elif output is None:
+        output = checkpoint.with_name(f"{checkpoint.stem}-evaluation.json")
+    path = output_file(output, "--output", ".json")
     return path, path.with_name(f"{path.stem}-neighbours.png")
 
 

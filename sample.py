@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import check_writable
+from checkpoint import output_file
 from command_line import Parser, integer, number, run
 from diffusion import SAMPLERS, DDPMScheduler, sample_images
 from errors import RunFailed, UserError
@@ -110,9 +110,9 @@ def main() -> None:
     }
     if args.guidance != 1 and None in labels.values():
         raise UserError("--guidance: this model was trained without --class-conditional")
-    output = picture_path("--output", args.output, ".png")
-    gif = picture_path("--gif", args.gif, ".gif") if args.gif else None
-    maps = picture_path("--tau-maps", args.tau_maps, ".png") if args.tau_maps else None
+    output = output_file(args.output, "--output", ".png")
+    gif = output_file(args.gif, "--gif", ".gif") if args.gif else None
+    maps = output_file(args.tau_maps, "--tau-maps", ".png") if args.tau_maps else None
     for one in drawn.values():
         one.model.to(device, memory_format=torch.channels_last)
 
@@ -195,21 +195,6 @@ def chosen_labels(classes: str | None, names: list[str], num_classes: int, num_i
             raise UserError(f"--classes: no class {unknown[0]!r}; the model has {', '.join(names)}")
         chosen = [numbers[name] for name in wanted]
     return torch.tensor(chosen)[torch.arange(num_images) % len(chosen)]
-
-
-def picture_path(flag: str, name: str, suffix: str) -> Path:
-    """Where a picture will be written, its folder made if need be. Raises UserError, naming the flag, if it cannot."""
-    path = Path(name)
-    if path.suffix.lower() != suffix:
-        raise UserError(f"{flag}: the file's name must end in {suffix}, got {name}")
-    check_writable(path.parent, flag)
-    try:
-        if path.is_dir():
-            raise UserError(f"{flag}: {path} is a folder; name a file in it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag}: cannot write {path} ({error.strerror})") from error
-    return path
 
 
 def write(path: Path, save: Callable[[], None]) -> None:

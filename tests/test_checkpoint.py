@@ -15,6 +15,7 @@ from checkpoint import (
     atomic_path,
     make_run_folder,
     next_run_folder,
+    output_file,
     read_config,
     read_model,
     read_resume,
@@ -173,3 +174,20 @@ def test_reading_a_model_needs_no_other_module_of_the_project(model_file):
     )
     out = subprocess.run([sys.executable, "-c", code, str(model_file)], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "true ['a', 'b']"
+
+
+def test_a_file_to_be_written_has_its_folder_made_and_is_refused_by_its_flag(tmp_path):
+    wanted = tmp_path / "new" / "grid.PNG"
+    assert output_file(str(wanted), "--output", ".png") == wanted and wanted.parent.is_dir()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    refused = {
+        "grid.jpg": "must end in .png",
+        "folder.png": "is a folder",
+        "file/grid.png": "is not a folder",
+        f"{'n' * 300}.png": "File name too long",
+        f"{'n' * 300}/grid.png": "File name too long",
+    }
+    for name, reason in refused.items():
+        with pytest.raises(UserError, match=f"^--gif: .*{reason}"):
+            output_file(tmp_path / name, "--gif", ".png")
