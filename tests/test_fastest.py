@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fastest
-from hardware import Processes
+from hardware import Processes, compiled
 from image_data import load_images
-from liquid_diffusion import RealLiquidCell
+from liquid_diffusion import InputConv, RealLiquidCell
 from train_config import TrainConfig
 from train_state import untrained
 from training import train
@@ -59,12 +59,12 @@ PRECISION = {("fp32", False): 0.02, ("bf16", False): 0.01, ("fp32", True): 0.01,
     ],
 )
 def test_a_run_computes_in_the_way_that_is_clearly_faster(monkeypatch, seconds, options, choice):
-    monkeypatch.setattr(torch, "compile", lambda network: "compiled")
+    monkeypatch.setattr(torch, "compile", lambda network, **_: "compiled")
     assert chosen(monkeypatch, seconds, **options) == choice
 
 
 def test_a_long_run_goes_on_where_there_is_no_compiler(monkeypatch, capsys):
-    def refuse(network):
+    def refuse(network, **_):
         raise torch._inductor.exc.InvalidCxxCompiler()
 
     monkeypatch.setattr(torch, "compile", refuse)
@@ -93,6 +93,17 @@ def test_a_compiled_cell_has_the_gradients_of_the_plain_one():
         return [p.grad for p in cell.parameters()]
 
     torch.testing.assert_close(gradients(torch.compile(cell)), gradients(cell), rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_depthwise_convolution_copies_no_features():
+    torch.manual_seed(0)
+    network = compiled(InputConv(8, 6).to(memory_format=torch.channels_last))
+    x = torch.randn(2, 8, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    network(x).sum().backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        network(x).square().sum().backward()
+    copied = [event.input_shapes[0] for event in profile.events() if event.name == "aten::copy_"]
+    assert [2, 8, 16, 16] not in copied
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
