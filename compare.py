@@ -29,6 +29,7 @@ from experiment import Experiment, Training, arm_config
 from hardware import DEVICES, Processes, choose_device, keep_freed_memory
 from image_data import DATASETS, ImageData, held_out_bank, load_images
 from models import ARMS, build_model, count_parameters, load_model, multiply_adds, training_multiply_adds
+from optimizer import OPTIMIZERS
 from pictures import save_labelled_rows
 from side_by_side import run_all
 from speed import machine_name, training_rates
@@ -64,6 +65,7 @@ def parser() -> Parser:
         "--amount", type=number("greater than 0", lambda v: v > 0), default=150_000, help="of the budget, a training"
     )
     p.add_argument("--seeds", type=integer(1, 1000), default=3, help="trainings of each arm, with seeds 0, 1, ...")
+    p.add_argument("--optimizer", choices=OPTIMIZERS, default=default.optimizer, help="of all arms")
     p.add_argument(
         "--lrs", nargs="+", type=number("greater than 0", lambda v: v > 0), default=[2e-3, 4e-3, 8e-3],
         metavar="LR", help="peak learning rates of the sweep; one alone is taken without a sweep",
@@ -175,7 +177,7 @@ def shared_settings(s: argparse.Namespace, folder: Path) -> dict:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not readable ({error})") from error
         for name, value in settings.items():
-            if before.get(name) != value:
+            if before.get(name, parser().get_default(name)) != value:  # a comparison from before there was the flag
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag}: {value} contradicts {path}: {before.get(name)}; use another --output-dir")
     return settings

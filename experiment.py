@@ -34,7 +34,17 @@ class Training:
 def arm_config(s: argparse.Namespace, arm: str) -> TrainConfig:
     """What every training of an arm shares; how long, at which rate and with which seed is left open."""
     model, model_config = ARMS[arm]
-    own = ("dataset", "data_dir", "image_size", "batch_size", "timesteps", "schedule", "prediction_type", "precision")
+    own = (
+        "dataset",
+        "data_dir",
+        "image_size",
+        "batch_size",
+        "timesteps",
+        "schedule",
+        "prediction_type",
+        "optimizer",
+        "precision",
+    )
     return TrainConfig(
         model=model,
         model_config=model_config,

@@ -20,6 +20,7 @@ from hardware import COMPILE, DEVICES, PRECISIONS
 from image_data import DATASETS
 from liquid_diffusion import STEP_SHARE
 from models import MODELS, build_model
+from optimizer import OPTIMIZERS
 from train_config import TrainConfig
 from training import train
 
@@ -56,10 +57,11 @@ def parser() -> Parser:
         "--batch-size", type=integer(1, 10**6), default=default["batch_size"], help="images a step, all processes"
     )
     p.add_argument(
-        "--lr",
-        type=number("greater than 0", lambda v: v > 0),
-        default=default["lr"],
-        help="peak learning rate of AdamW",
+        "--optimizer", choices=OPTIMIZERS, default=default["optimizer"],
+        help="adamw, or muon for the matrices and adamw for the rest",
+    )  # fmt: skip
+    p.add_argument(
+        "--lr", type=number("greater than 0", lambda v: v > 0), default=default["lr"], help="peak learning rate"
     )
     p.add_argument("--timesteps", type=integer(2, 10**5), default=default["timesteps"], help="diffusion steps T")
     p.add_argument("--schedule", choices=SCHEDULES, default=default["schedule"], help="noise schedule")

@@ -18,6 +18,7 @@ class TrainConfig:
     steps: int | None = None
     minutes: float | None = None
     batch_size: int = 8
+    optimizer: str = "adamw"
     lr: float = 4e-3
     ema_decay: float = 0.999
     timesteps: int = 400

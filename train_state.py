@@ -14,10 +14,8 @@ from errors import RunFailed, UserError
 from hardware import Processes
 from image_data import ImageData
 from models import build_model, complete_config
+from optimizer import make_optimizer
 from train_config import TrainConfig
-
-BETAS = (0.9, 0.99)
-WEIGHT_DECAY = 0.01
 
 
 def ema_decay(longest: float, step: int) -> float:
@@ -28,13 +26,13 @@ def ema_decay(longest: float, step: int) -> float:
 class TrainState:
     """The weights, their average, the optimizer, and the counts since the start and since the last log line."""
 
-    def __init__(self, model: nn.Module, about: dict, lr: float, longest_decay: float):
-        """about: the config to rebuild the model from, with what it is trained on."""
+    def __init__(self, model: nn.Module, about: dict, lr: float, longest_decay: float, optimizer: str = "adamw"):
+        """about: the config to rebuild the model from, with what it is trained on. optimizer: of OPTIMIZERS."""
         self.model = model
         self.about = about
         self.ema = AveragedModel(model)
         self.longest_decay = longest_decay
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+        self.optimizer = make_optimizer(optimizer, model, lr)
         self.step = 0
         self.seconds = 0.0
         # since the last log line; the sum stays on the device, where adding to it does not wait for the step
@@ -109,7 +107,7 @@ def untrained(config: TrainConfig, data: ImageData, device: torch.device) -> tup
     torch.manual_seed(config.seed)
     model = build_model(config.model, **about["model_config"])
     model.to(device, memory_format=torch.channels_last)
-    return scheduler, TrainState(model, about, config.lr, config.ema_decay)
+    return scheduler, TrainState(model, about, config.lr, config.ema_decay, config.optimizer)
 
 
 def model_metadata(config: TrainConfig, data: ImageData) -> dict:
