@@ -1,7 +1,5 @@
 """What moves the weights along their gradient: AdamW, or Muon for the matrices among them and AdamW for the rest."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -41,8 +39,9 @@ class MuonAndAdamW:
     def __init__(self, model: nn.Module, lr: float):
         if not hasattr(torch.optim, "Muon"):
             raise UserError(f"--optimizer: muon needs torch 2.9 or later, this is {torch.__version__}")
+        self.parameters = list(model.parameters())
         weights, rest = [], []
-        for parameter in model.parameters():
+        for parameter in self.parameters:
             large = parameter.ndim in (2, 4) and min(as_matrix(parameter).shape) >= SMALLEST_SIDE
             (weights if large else rest).append(parameter)
         self.matrices = [(weight, nn.Parameter(as_matrix(weight.detach()))) for weight in weights]
@@ -66,7 +65,7 @@ class MuonAndAdamW:
             part.step()
 
     def zero_grad(self) -> None:
-        for parameter in self._parameters():
+        for parameter in self.parameters:
             parameter.grad = None
 
     def state_dict(self) -> dict:
@@ -75,8 +74,3 @@ class MuonAndAdamW:
     def load_state_dict(self, state: dict) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        yield from (weight for weight, _ in self.matrices)
-        for group in self.parts["adamw"].param_groups:
-            yield from group["params"]
