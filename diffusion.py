@@ -26,6 +26,11 @@ PREDICTION_TYPES = ("eps", "v", "edm")
 Denoise = Callable[[Tensor, int, object], tuple[Tensor, Tensor, object]]
 
 
+def carries_state(model: nn.Module) -> bool:
+    """Whether the model starts a denoising step from the state that the step before left."""
+    return getattr(model, "carries_state", False)
+
+
 def linear_betas(num_timesteps: int) -> Tensor:
     """Ho et al. 2020, section 4: 1e-4 to 0.02 at T = 1000, scaled by 1000 / T so that any T ends in noise."""
     scale = 1000 / num_timesteps
@@ -97,7 +102,7 @@ class DDPMScheduler:
 
     def network_step(self, model: nn.Module, x_t: Tensor, t: Tensor, state: object, **condition):
         """(F, the state that goes to the next, cleaner step). Models that carry no state are given and leave None."""
-        if not getattr(model, "carries_state", False):
+        if not carries_state(model):
             return self.network_output(model, x_t, t, **condition), None
         output, state = model(self.at("input_scale", t, x_t) * x_t, t, state, return_state=True, **condition)
         return output.to(x_t.dtype), state

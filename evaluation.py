@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffusion import DDPMScheduler, sample_images
+from diffusion import DDPMScheduler, carries_state, sample_images
 from errors import RunFailed
 from image_data import Batch, ImageData, held_out_bank, to_float
 from inception_distances import inception_distances
@@ -124,7 +124,7 @@ def eps_mse(model: nn.Module, scheduler: DDPMScheduler, bank: Batch) -> Report:
             parts.append({"t": [times[0], times[-1]] if times else None, "n": int(inside.sum()), "value": value})
             bar.update(int(inside.sum()))
     off = {}
-    if getattr(model, "carries_state", False):
+    if carries_state(model):
         off = {"memory_off": finite(held_out_loss(model, scheduler, bank, memory=False), "the eps-MSE without memory")}
     return {
         "value": overall,

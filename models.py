@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import read_model
-from diffusion import DDPMScheduler
+from diffusion import DDPMScheduler, carries_state
 from errors import UserError
 from liquid_ablations import ABLATIONS
 from liquid_diffusion import ODE_STEP_SHARES, TrueLiquidDiffusionModel, scaled_steps
@@ -90,7 +90,7 @@ def multiply_adds(model: nn.Module, shape: tuple[int, int, int]) -> int:
 def training_multiply_adds(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Multiply-adds of training on one image of shape (C, H, W), on average; a backward pass costs two forward ones."""
     # a model that carries its state sees another image before, on average
-    passes = 4 if getattr(model, "carries_state", False) else 3
+    passes = 4 if carries_state(model) else 3
     if not getattr(model, "random_steps", False):
         return passes * multiply_adds(model, shape)
     forward = 0.0

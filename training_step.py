@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cuda_graph import CapturedGradient
-from diffusion import DDPMScheduler
+from diffusion import DDPMScheduler, carries_state
 from hardware import Processes, compiled
 from image_data import Batch, ImageData, memory_noise, random_generator, training_batch
 from liquid_diffusion import ODE_STEP_SHARES, scaled_steps
@@ -92,11 +92,6 @@ def take_step(
     state.loss_steps += 1
     state.step += 1
     return lr
-
-
-def carries_state(model: nn.Module) -> bool:
-    """Whether the model starts a denoising step from the state that the step before left."""
-    return getattr(model, "carries_state", False)
 
 
 def backward(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from diffusion import DDPMScheduler, sample_images
+from diffusion import DDPMScheduler, carries_state, sample_images
 from image_data import Batch, ImageData
 
 GRID_IMAGES = 64
@@ -23,7 +23,7 @@ def held_out_loss(
     for part in zip(*(values.split(chunk) for values in vars(bank).values()), strict=True):
         x_0, t, eps, labels = (values.to(device) for values in part)
         condition = {"labels": labels} if model.num_classes else {}
-        if memory and getattr(model, "carries_state", False):
+        if memory and carries_state(model):
             noise = torch.randn(2, *x_0.shape, generator=random).to(device)
             condition["state"] = scheduler.remember(model, scheduler.add_noise(x_0, t, eps), t, noise, **condition)
         losses.append(scheduler.loss(model, x_0, t, eps, **condition))
