@@ -47,7 +47,7 @@ def make_reproducible(device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against kernels that read it; it costs
+        torch.utils.deterministic.fill_uninitialized_memory = False  # kernels here write all that is read
 
 
 def has_bf16(device: torch.device) -> bool:
