@@ -1,18 +1,24 @@
 """What moves the weights along their gradient: AdamW, or Muon for the matrices among them and AdamW for the rest."""
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from errors import UserError
 
 OPTIMIZERS = ("adamw", "muon")
 BETAS = (0.9, 0.99)  # of AdamW
+MOMENTUM = 0.95  # of Muon
 WEIGHT_DECAY = 0.01
 SMALLEST_SIDE = 8  # a weight with fewer rows or columns has no directions to even out
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of x, x^3 and x^5 (Jordan et al. 2024): steep at zero, rough near one
+NEWTON_SCHULZ_STEPS = 5
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float) -> "torch.optim.Optimizer | MuonAndAdamW":
-    """The optimizer of the weights of `model`. Raises UserError for an unknown name or a torch without Muon."""
+    """The optimizer of the weights of `model`. Raises UserError for an unknown name."""
     if name not in OPTIMIZERS:
         raise UserError(f"--optimizer: must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     if name == "muon":
@@ -20,37 +26,19 @@ def make_optimizer(name: str, model: nn.Module, lr: float) -> "torch.optim.Optim
     return torch.optim.AdamW(model.parameters(), lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
 
-def as_matrix(weight: Tensor) -> Tensor:
-    """A weight (out, in, kH, kW) or (out, in) as (out, kH kW in); of a channels last one the same memory."""
-    return (weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight).flatten(1)
-
-
 class MuonAndAdamW:
-    """Muon (Jordan et al. 2024) for linear layers and convolutions, AdamW for biases and what is smaller.
+    """Muon for linear layers and convolutions, AdamW for biases and what is smaller, one learning rate for both.
 
-    Muon makes a step equally long in all directions of a matrix: it orthogonalises the momentum by five steps of a
-    Newton-Schulz iteration. Its steps are scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM
-    training", eq. 4), so that one learning rate serves both. A convolution is the matrix of its output channels by all
-    that each of them sees.
-
-    It has the methods of a torch optimizer that a training uses. Raises UserError before torch 2.9, which has no Muon.
+    It has the methods of a torch optimizer that a training uses.
     """
 
     def __init__(self, model: nn.Module, lr: float):
-        if not hasattr(torch.optim, "Muon"):
-            raise UserError(f"--optimizer: muon needs torch 2.9 or later, this is {torch.__version__}")
-        self.parameters = list(model.parameters())
         weights, rest = [], []
-        for parameter in self.parameters:
-            large = parameter.ndim in (2, 4) and min(as_matrix(parameter).shape) >= SMALLEST_SIDE
+        for parameter in model.parameters():
+            large = parameter.ndim in (2, 4) and min(parameter.flatten(1).shape) >= SMALLEST_SIDE
             (weights if large else rest).append(parameter)
-        self.matrices = [(weight, nn.Parameter(as_matrix(weight.detach()))) for weight in weights]
-        if any(weight.data_ptr() != matrix.data_ptr() for weight, matrix in self.matrices):
-            raise ValueError("the weights of the model must be channels last")
         self.parts = {
-            "muon": torch.optim.Muon(
-                [matrix for _, matrix in self.matrices], lr, WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-            ),
+            "muon": Muon(weights, lr),
             "adamw": torch.optim.AdamW(rest, lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True),
         }
 
@@ -59,14 +47,12 @@ class MuonAndAdamW:
         return [group for part in self.parts.values() for group in part.param_groups]
 
     def step(self) -> None:
-        for weight, matrix in self.matrices:
-            matrix.grad = None if weight.grad is None else as_matrix(weight.grad)
         for part in self.parts.values():
             part.step()
 
     def zero_grad(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
+        for part in self.parts.values():
+            part.zero_grad()
 
     def state_dict(self) -> dict:
         return {name: part.state_dict() for name, part in self.parts.items()}
@@ -74,3 +60,59 @@ class MuonAndAdamW:
     def load_state_dict(self, state: dict) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): a step equally long in all directions of a matrix, along its Nesterov momentum.
+
+    `torch.optim.Muon` takes one matrix after the other, in bf16; for the many small ones of these models that lasts
+    five to eight times as long. A convolution is the matrix of its output channels by all that each of them sees. Steps
+    are scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4), so that learning
+    rates for AdamW serve here, too.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], lr: float):
+        super().__init__(weights, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            for weight in weights:
+                momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                momentum.lerp_(weight.grad, 1 - MOMENTUM)
+            ahead = [weight.grad.lerp(self.state[weight]["momentum"], MOMENTUM) for weight in weights]
+            for weight, direction in zip(weights, orthogonalized([a.flatten(1) for a in ahead]), strict=True):
+                weight.mul_(1 - group["lr"] * WEIGHT_DECAY)
+                size = 0.2 * max(direction.shape) ** 0.5
+                weight.add_(direction.view(weight.shape), alpha=-group["lr"] * size)
+
+
+def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
+    """U V^T of each matrix U S V^T, about: singular values end between 0.7 and 1.2, if they are not nearly zero.
+
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks". Rows and columns of zeros stay zeros,
+    so that matrices of several sizes, padded with them, are one stack.
+    """
+    stacks = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        stacks[max(matrix.shape).bit_length()].append(i)  # none is padded to more than twice its length
+    results = {}
+    for chosen in stacks.values():
+        wide = [matrices[i] if matrices[i].shape[0] <= matrices[i].shape[1] else matrices[i].T for i in chosen]
+        rows, columns = (max(sizes) for sizes in zip(*(matrix.shape for matrix in wide), strict=True))
+        stack = torch.stack([pad(m, (0, columns - m.shape[1], 0, rows - m.shape[0])) for m in wide])
+        for i, matrix, x in zip(chosen, wide, newton_schulz(stack), strict=True):
+            x = x[: matrix.shape[0], : matrix.shape[1]]
+            results[i] = x if x.shape == matrices[i].shape else x.T
+    return [results[i] for i in range(len(matrices))]
+
+
+def newton_schulz(x: Tensor) -> Tensor:
+    """Singular values near one for each matrix of a stack (N, rows, columns); quickest if rows are the shorter side."""
+    a, b, c = NEWTON_SCHULZ
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]  # singular values of at most one
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
