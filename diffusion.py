@@ -1,7 +1,8 @@
 """The diffusion process: noise schedules, what the network predicts, the loss, and the samplers.
 
     scheduler = DDPMScheduler(num_timesteps=400)
-    loss = scheduler.loss(model, x_0, t, eps)                     # training, one batch
+    t = scheduler.draw_timesteps(torch.rand(8))
+    loss = scheduler.training_loss(model, x_0, t, eps)            # (8,), of which the mean is trained
     images = sample_images(model, scheduler, (3, 32, 32), 16)     # (16, 3, 32, 32) in [-1, 1]
 
 Notation of Ho et al. 2020 (DDPM): x_t = alpha_t x_0 + sigma_t eps, with alpha_t^2 = alphas_cumprod[t] and
@@ -74,6 +75,11 @@ class DDPMScheduler:
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # (T,)
         self.alpha = self.alphas_cumprod.sqrt()
         self.sigma = (1 - self.alphas_cumprod).sqrt()
+        # Training draws a timestep as often as a sample's gradient there is long, about, which gives its mean the least
+        # variance. Measured for trained `true` and `inspired`: the root mean square length goes so within a quarter.
+        density = self.alpha.sqrt() / (0.3 + self.sigma)
+        self.density = density / density.mean()
+        self.cumulative = (density / density.sum()).cumsum(0)
         self.input_scale = torch.ones_like(self.alpha)
         if prediction_type == "eps":
             self.p, self.q = torch.zeros_like(self.alpha), torch.ones_like(self.alpha)
@@ -142,6 +148,19 @@ class DDPMScheduler:
         x_t = self.add_noise(x_0, t, eps)
         _, predicted = self.predict(self.network_output(model, x_t, t, **condition), x_t, t)
         return (predicted - eps).square().flatten(1).mean(1)
+
+    def draw_timesteps(self, uniform: Tensor) -> Tensor:
+        """Timesteps (B,) to train on, from numbers (B,) in [0, 1): each T p_t = `density` times as often as evenly."""
+        t = torch.searchsorted(self._table("cumulative", uniform.device, uniform.dtype), uniform, right=True)
+        return t.clamp(max=self.num_timesteps - 1)
+
+    def training_loss(self, model: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor, **condition) -> Tensor:
+        """The loss (B,) of timesteps drawn by `draw_timesteps`, whose mean is that of `loss` over all t evenly.
+
+        L_t / (T p_t), the importance sampling of Nichol & Dhariwal 2021, eq. 18.
+        """
+        loss = self.loss(model, x_0, t, eps, **condition)
+        return loss / self.at("density", t, loss)
 
     def level(self, t: int) -> tuple[float, float]:
         """(alpha_t, sigma_t) of one timestep in double precision; (1, 0) for t = -1, the clean image."""

@@ -35,7 +35,7 @@ def faster(
         bf16, compiles = here.agree(0, 0)
         return replace(config, precision="bf16" if bf16 else "fp32", compile="on" if compiles else "off")
     size = config.batch_size // here.world_size
-    batch = training_batch(data, seed=0, number=0, batch_size=size, num_timesteps=config.timesteps, device=here.device)
+    batch = training_batch(data, scheduler.draw_timesteps, seed=0, number=0, batch_size=size, device=here.device)
 
     def timed(precision: str, compile_: str) -> Callable[[], object]:
         way = replace(config, precision=precision, compile=compile_, batch_size=size)

@@ -1,13 +1,14 @@
 """Data sets as one uint8 tensor each, and batches as a pure function of (seed, batch number).
 
     data = load_images("cifar10", "data")
-    batch = training_batch(data, seed=0, number=41, batch_size=8, num_timesteps=400)
+    batch = training_batch(data, scheduler.draw_timesteps, seed=0, number=41, batch_size=8)
 
 There is no loader state: batch `number` is the same after a resume, in any number of processes, and for every model.
 torchvision is imported where it is used: that takes seconds, which a run that downloads and resizes nothing is spared.
 """
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -209,20 +210,20 @@ def random_generator(device: torch.device | str, seed: int, number: int, stream:
 
 def training_batch(
     data: ImageData,
+    draw_timesteps: Callable[[Tensor], Tensor],
     *,
     seed: int,
     number: int,
     batch_size: int,
-    num_timesteps: int,
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
 ) -> Batch:
     """Batch `number` (from 0) on `device`, a pure function of the arguments; or the share of one process in it.
 
-    Every epoch visits each image once, in an order of its own. The timesteps of a batch are stratified: one random
-    offset, evenly spaced (Kingma et al. 2021, appendix I.1), which lowers the variance of the loss. Each device type
-    has its own stream of random numbers.
+    draw_timesteps: from numbers (B,), evenly distributed in [0, 1), to timesteps (B,). Those of a batch are stratified:
+    one random offset, evenly spaced (Kingma et al. 2021, appendix I.1), which lowers the variance of the loss. Every
+    epoch visits each image once, in an order of its own. Each device type has its own stream of random numbers.
     """
     size = len(data.train)
     share = slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
@@ -238,10 +239,9 @@ def training_batch(
     if data.mirror:
         x_0 = torch.where(mirrored[share, None, None, None] < 0.5, x_0.flip(3), x_0)
     strata = (offset + torch.arange(batch_size, device=device)[share] / batch_size) % 1
-    t = (strata * num_timesteps).long().clamp(max=num_timesteps - 1)
     labels = data.train_labels[index].to(device)
     labels = torch.where(dropped[share] < NO_LABEL_SHARE, len(data.classes), labels)
-    return Batch(x_0, t, eps, labels)
+    return Batch(x_0, draw_timesteps(strata), eps, labels)
 
 
 def memory_noise(

@@ -74,7 +74,7 @@ def train_step(
     """A function that trains `state` by one step, as the training loop does; a GPU may still be at it."""
     make_reproducible(here.device)
     gradient = gradient_function(state, scheduler, config, here)
-    return lambda: take_step(gradient, state, data, config, here, progress=0.0)
+    return lambda: take_step(gradient, state, scheduler, data, config, here, progress=0.0)
 
 
 def machine_name(device: torch.device) -> str:

@@ -188,7 +188,7 @@ def loop(
                     log.curves()
                 return done
 
-            lr = take_step(gradient, state, data, config, here, progress)
+            lr = take_step(gradient, state, scheduler, data, config, here, progress)
             if here.is_main:
                 bar.update(config.batch_size)
                 if on_progress is not None:

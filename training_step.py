@@ -65,6 +65,7 @@ def gradient_function(
 def take_step(
     gradient: Callable[..., Tensor],
     state: TrainState,
+    scheduler: DDPMScheduler,
     data: ImageData,
     config: TrainConfig,
     here: Processes,
@@ -77,7 +78,7 @@ def take_step(
     """
     share = {"seed": config.seed, "number": state.step, "batch_size": config.batch_size}
     share |= {"rank": here.rank, "world_size": here.world_size}
-    batch = training_batch(data, num_timesteps=config.timesteps, device=here.device, **share)
+    batch = training_batch(data, scheduler.draw_timesteps, device=here.device, **share)
     memory = [memory_noise(data.shape, **share).to(here.device)] if carries_state(state.model) else []
     if getattr(state.model, "random_steps", False):
         share_of_steps = ode_step_share(config.seed, state.step)
@@ -111,6 +112,6 @@ def backward(
         if memory is not None:
             x_t = scheduler.add_noise(batch.x_0, batch.t, batch.eps)
             condition["state"] = scheduler.remember(network, x_t, batch.t, memory, **condition)
-        loss = scheduler.loss(network, batch.x_0, batch.t, batch.eps, **condition).sum() * scale
+        loss = scheduler.training_loss(network, batch.x_0, batch.t, batch.eps, **condition).sum() * scale
     loss.backward()
     return loss.detach()

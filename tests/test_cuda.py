@@ -55,7 +55,7 @@ def test_a_graph_gives_the_gradients_of_the_steps_that_it_replays(model, monkeyp
     for number, ode_steps in enumerate([(3, 5, 7), (2, 3, 4), (3, 5, 7), (2, 3, 4)]):
         if own:
             state.model.set_solver(ode_steps=ode_steps)
-        batch = training_batch(DIGITS, seed=0, number=number, batch_size=8, num_timesteps=20, device=CUDA)
+        batch = training_batch(DIGITS, scheduler.draw_timesteps, seed=0, number=number, batch_size=8, device=CUDA)
         found = []
         for gradient in (plain, captured):
             loss = gradient(batch).clone()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from diffusers import DDPMScheduler as DiffusersDDPMScheduler
 
 from diffusion import PREDICTION_TYPES, DDPMScheduler, ddim, ddpm, denoiser, dpmpp, image_noise
 from errors import UserError
+from image_data import load_images, to_float
+from models import load_model
 
 
 def diffusers_scheduler(kind, ours: DDPMScheduler, *, clip: bool):
@@ -168,6 +171,38 @@ def test_noising_stays_in_float32_under_autocast(values):
         assert network(x_0).dtype == torch.bfloat16
     assert noisy.dtype == loss.dtype == torch.float32
     assert torch.equal(noisy, scheduler.add_noise(x_0, t, eps))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("num_timesteps", [2, 400])
+def test_a_training_s_mean_loss_is_that_over_all_timesteps_evenly(num_timesteps, schedule, values):
+    scheduler = DDPMScheduler(num_timesteps, schedule)
+    draws = 1_000_000
+    t = scheduler.draw_timesteps((torch.arange(draws) + 0.5) / draws)
+    drawn = t.bincount(minlength=num_timesteps) / draws  # how often each comes
+    assert drawn.min() > 0 and drawn[0] > 2 * drawn[-1]
+    x_0, eps, output = (v[:1].expand(num_timesteps, -1, -1, -1) for v in values)
+    everything = x_0, torch.arange(num_timesteps), eps
+    trained = (drawn * scheduler.training_loss(Recorded(output), *everything)).sum()
+    assert trained.item() == pytest.approx(scheduler.loss(Recorded(output), *everything).mean().item(), rel=1e-3)
+    ends = scheduler.draw_timesteps(torch.tensor([0.0, 1 - 2**-24]))
+    assert ends.tolist() == [0, num_timesteps - 1]
+
+
+def test_drawing_timesteps_so_lowers_the_variance_of_the_gradient():
+    data = load_images("digits", "unused", 16)
+    model, scheduler, _ = load_model(Path(__file__).parents[1] / "pretrained/true-digits.safetensors")
+    random = torch.Generator().manual_seed(0)
+    evenly, drawn = 0.0, 0.0
+    for t in torch.arange(5, 400, 10).repeat(4):
+        x_0 = to_float(data.train[torch.randint(len(data.train), (1,), generator=random)])
+        model.zero_grad()
+        loss = scheduler.loss(model, x_0, t[None], torch.randn(x_0.shape, generator=random))
+        loss.sum().backward()
+        squared = sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None)
+        evenly += squared
+        drawn += squared / scheduler.density[t].item()  # (1 / density)^2, density times as often
+    assert drawn < 0.7 * evenly
 
 
 @pytest.mark.parametrize("num_timesteps", [50, 400, 1000])

@@ -46,7 +46,7 @@ def test_a_training_step_is_that_of_a_model_with_the_drawn_number_of_steps():
         loss_before = state.loss_sum.clone()
         for one, config in ((fixed, fixed_config), (state, CONFIG)):
             gradient = gradient_function(one, scheduler, config, Processes(CPU))
-            take_step(gradient, one, DIGITS, config, Processes(CPU), 0.0)
+            take_step(gradient, one, scheduler, DIGITS, config, Processes(CPU), 0.0)
         assert (state.loss_sum - loss_before).item() == pytest.approx(fixed.loss_sum.item(), rel=1e-5)
 
 
