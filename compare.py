@@ -67,7 +67,7 @@ def parser() -> Parser:
     p.add_argument("--seeds", type=integer(1, 1000), default=3, help="trainings of each arm, with seeds 0, 1, ...")
     p.add_argument("--optimizer", choices=OPTIMIZERS, default=default.optimizer, help="of all arms")
     p.add_argument(
-        "--lrs", nargs="+", type=number("greater than 0", lambda v: v > 0), default=[2e-3, 4e-3, 8e-3],
+        "--lrs", nargs="+", type=number("greater than 0", lambda v: v > 0), default=[4e-3, 8e-3, 16e-3],
         metavar="LR", help="peak learning rates of the sweep; one alone is taken without a sweep",
     )  # fmt: skip
     p.add_argument(
@@ -173,11 +173,11 @@ def shared_settings(s: argparse.Namespace, folder: Path) -> dict:
     path = folder / "comparison.json"
     if path.exists():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            before = {"optimizer": "adamw"} | json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not readable ({error})") from error
         for name, value in settings.items():
-            if before.get(name, parser().get_default(name)) != value:  # a comparison from before there was the flag
+            if before.get(name, parser().get_default(name)) != value:  # a comparison may be from before the flag
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag}: {value} contradicts {path}: {before.get(name)}; use another --output-dir")
     return settings

@@ -58,7 +58,7 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--optimizer", choices=OPTIMIZERS, default=default["optimizer"],
-        help="adamw, or muon for the matrices and adamw for the rest",
+        help="muon for the matrices and adamw for the rest, or adamw for all, best with half the rate",
     )  # fmt: skip
     p.add_argument(
         "--lr", type=number("greater than 0", lambda v: v > 0), default=default["lr"], help="peak learning rate"
@@ -146,7 +146,7 @@ def resumed(given: dict, output_dir: Path) -> tuple[TrainConfig, Path]:
         folder = folder.parent if folder.is_file() else folder
     record = read_config(folder)
     try:
-        saved = TrainConfig(**record["train"])
+        saved = TrainConfig(**{"optimizer": "adamw"} | record["train"])  # a run from before the flag
         ode = {name: saved.model_config.get(name) for name in ("solver", "random_steps")}
         before = vars(saved) | {"solver": ode["solver"], "random_ode_steps": bool(ode["random_steps"])}
         parser().check(before)

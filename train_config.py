@@ -18,8 +18,8 @@ class TrainConfig:
     steps: int | None = None
     minutes: float | None = None
     batch_size: int = 8
-    optimizer: str = "adamw"
-    lr: float = 4e-3
+    optimizer: str = "muon"
+    lr: float = 8e-3
     ema_decay: float = 0.999
     timesteps: int = 400
     schedule: str = "linear"

@@ -26,7 +26,7 @@ def ema_decay(longest: float, step: int) -> float:
 class TrainState:
     """The weights, their average, the optimizer, and the counts since the start and since the last log line."""
 
-    def __init__(self, model: nn.Module, about: dict, lr: float, longest_decay: float, optimizer: str = "adamw"):
+    def __init__(self, model: nn.Module, about: dict, lr: float, longest_decay: float, optimizer: str):
         """about: the config to rebuild the model from, with what it is trained on. optimizer: of OPTIMIZERS."""
         self.model = model
         self.about = about

@@ -115,12 +115,18 @@ def test_a_resumed_run_ends_with_the_same_weights_and_keeps_its_optimizer(tmp_pa
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_a_comparison_from_before_the_flag_is_one_with_adamw(tmp_path):
+def test_what_was_begun_before_the_flag_goes_on_with_adamw(tmp_path):
     arguments = ["--arms", "inspired", "--dataset", "digits", "--amount", 80, "--seeds", 1, "--lrs", 1e-3]
     arguments += ["--reference", "inspired", "--output-dir", tmp_path, "--device", "cpu"]
     settings = compare.shared_settings(compare.parser().parse_args(list(map(str, arguments))), tmp_path)
-    assert settings.pop("optimizer") == "adamw"
+    assert settings.pop("optimizer") == "muon"
     (tmp_path / "comparison.json").write_text(json.dumps(settings))
-    code, _, err = call(compare, *arguments, "--optimizer", "muon")
+    code, _, err = call(compare, *arguments)
     assert code == 2 and "--optimizer: muon contradicts" in err
-    assert call(compare, *arguments)[0] == 0
+    assert call(compare, *arguments, "--optimizer", "adamw")[0] == 0
+    (run,) = (tmp_path / "runs").glob("*/*-inspired-digits")
+    config = json.loads((run / "config.json").read_text())
+    assert config["train"].pop("optimizer") == "adamw"
+    (run / "config.json").write_text(json.dumps(config))
+    assert call(train_command, "--resume", run, "--steps", 12)[0] == 0
+    assert call(train_command, "--resume", run, "--optimizer", "muon")[0] == 2

@@ -93,7 +93,7 @@ def test_the_average_is_the_weighted_mean_of_the_weights():
 
 def test_the_average_moves_as_torch_s_own():
     model = torch.nn.Linear(3, 2)
-    state = TrainState(model, {}, lr=0.1, longest_decay=0.1)  # which no step is below
+    state = TrainState(model, {}, lr=0.1, longest_decay=0.1, optimizer="adamw")  # which no step is below
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.1))
     for _ in range(20):
         with torch.no_grad():
