@@ -76,7 +76,7 @@ class DDPMScheduler:
         self.alpha = self.alphas_cumprod.sqrt()
         self.sigma = (1 - self.alphas_cumprod).sqrt()
         # Training draws a timestep about as often as a sample's gradient there is long, which gives its mean the least
-        # variance, and nearly clean ones more often. The best of eight that were measured ("Timesteps" in RESULTS.md).
+        # variance, and nearly clean ones more often. The best of ten that were measured: RESULTS.md.
         density = self.alpha.sqrt() / (0.1 + self.sigma)
         self.density = density / density.mean()
         self.cumulative = (density / density.sum()).cumsum(0)
