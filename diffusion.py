@@ -150,7 +150,7 @@ class DDPMScheduler:
         return (predicted - eps).square().flatten(1).mean(1)
 
     def draw_timesteps(self, uniform: Tensor) -> Tensor:
-        """Timesteps (B,) to train on, from numbers (B,) in [0, 1): each T p_t = `density` times as often as evenly."""
+        """Timesteps (B,) to train on from numbers (B,) in [0, 1); t comes `density[t]` times as often as if evenly."""
         t = torch.searchsorted(self._table("cumulative", uniform.device, uniform.dtype), uniform, right=True)
         return t.clamp(max=self.num_timesteps - 1)
 

@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): a step equally long in all directions of a matrix, along its Nesterov momentum.
 
     `torch.optim.Muon` takes one matrix after the other, in bf16; for the many small ones of these models that lasts
-    five to eight times as long. A convolution is the matrix of its output channels by all that each of them sees. Steps
+    three to five times as long. A convolution is the matrix of its output channels by all that each of them sees. Steps
     are scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4), so that learning
     rates for AdamW serve here, too.
     """
@@ -79,8 +79,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             for weight in weights:
-                momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-                momentum.lerp_(weight.grad, 1 - MOMENTUM)
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
             ahead = [weight.grad.lerp(self.state[weight]["momentum"], MOMENTUM) for weight in weights]
             for weight, direction in zip(weights, orthogonalized([a.flatten(1) for a in ahead]), strict=True):
                 weight.mul_(1 - group["lr"] * WEIGHT_DECAY)
