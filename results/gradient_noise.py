@@ -36,15 +36,10 @@ def main() -> None:
     for repeat in range(REPEATS):
         mean = 0
         for number in range(LARGE // SMALL):
-            batch = training_batch(
-                data,
-                seed=config["seed"] + 1 + repeat,
-                number=number,
-                batch_size=SMALL,
-                num_timesteps=config["timesteps"],
-            )
+            seed = config["seed"] + 1 + repeat
+            batch = training_batch(data, scheduler.draw_timesteps, seed=seed, number=number, batch_size=SMALL)
             model.zero_grad()
-            scheduler.loss(model, batch.x_0, batch.t, batch.eps).mean().backward()
+            scheduler.training_loss(model, batch.x_0, batch.t, batch.eps).mean().backward()
             gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
             small.append(gradient.square().sum().item())
             mean = mean + gradient * SMALL / LARGE
