@@ -58,7 +58,7 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--optimizer", choices=OPTIMIZERS, default=default["optimizer"],
-        help="muon for the matrices and adamw for the rest, or adamw for all, best with half the rate",
+        help="muon for the matrices and adamw for the rest, or adamw for all",
     )  # fmt: skip
     p.add_argument(
         "--lr", type=number("greater than 0", lambda v: v > 0), default=default["lr"], help="peak learning rate"
