@@ -1,6 +1,7 @@
 """What moves the weights along their gradient: AdamW, or Muon for the matrices among them and AdamW for the rest."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,12 @@ def make_optimizer(name: str, model: nn.Module, lr: float) -> "torch.optim.Optim
         raise UserError(f"--optimizer: must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     if name == "muon":
         return MuonAndAdamW(model, lr)
-    return torch.optim.AdamW(model.parameters(), lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    return adamw(model.parameters(), lr)
+
+
+def adamw(weights: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) as both choices have it."""
+    return torch.optim.AdamW(weights, lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 class MuonAndAdamW:
@@ -37,10 +43,7 @@ class MuonAndAdamW:
         for parameter in model.parameters():
             large = parameter.ndim in (2, 4) and min(parameter.flatten(1).shape) >= SMALLEST_SIDE
             (weights if large else rest).append(parameter)
-        self.parts = {
-            "muon": Muon(weights, lr),
-            "adamw": torch.optim.AdamW(rest, lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True),
-        }
+        self.parts = {"muon": Muon(weights, lr), "adamw": adamw(rest, lr)}
 
     @property
     def param_groups(self) -> list[dict]:
