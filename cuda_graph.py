@@ -1,6 +1,6 @@
-"""The gradient of a training step as one CUDA graph: hundreds of small kernels cost one launch."""
+"""Parts of a training step as CUDA graphs: hundreds of small kernels cost one launch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from image_data import Batch
 
 WARM_UPS = 3  # runs before the capture, in which compilers compile and libraries choose kernels and allocate
+MOST_PLACES = 16  # that a function's arguments are in by turns; with more, they are somewhere else each time
 
 
 class CapturedGradient:
@@ -47,3 +48,34 @@ class CapturedGradient:
         with torch.cuda.graph(graph):
             loss = self.gradient(inputs)
         return graph, inputs, loss, [parameter.grad for parameter in self.model.parameters()]
+
+
+class RecordedFunction:
+    """`function(*lists of tensors)` that gives tensors, recorded on CUDA where its arguments are where they once were.
+
+    The memory that a caller's tensors are in tends to recur from step to step. What recurs has a graph of its own; the
+    first time, and on other devices, the function runs as written. It may change its arguments in place, and may not
+    wait for the GPU. A graph's results are overwritten by its next replay.
+    """
+
+    def __init__(self, function: Callable[..., list[Tensor]]):
+        self.function = function
+        self.seen: set[Hashable] = set()
+        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
+
+    def __call__(self, *arguments: list[Tensor]) -> list[Tensor]:
+        if not all(tensor.is_cuda for tensors in arguments for tensor in tensors):
+            return self.function(*arguments)
+        places = tuple(tensor.data_ptr() for tensors in arguments for tensor in tensors)
+        if places not in self.seen:
+            if len(self.seen) < MOST_PLACES:
+                self.seen.add(places)
+            return self.function(*arguments)
+        if places not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                results = self.function(*arguments)
+            self.graphs[places] = graph, results
+        graph, results = self.graphs[places]
+        graph.replay()
+        return results

@@ -12,6 +12,7 @@ from hardware import Processes
 from image_data import load_images, training_batch
 from liquid_diffusion import STEP_SHARE
 from models import build_model, load_model
+from optimizer import Muon
 from train_config import TrainConfig
 from train_state import untrained
 from training import train
@@ -62,6 +63,24 @@ def test_a_graph_gives_the_gradients_of_the_steps_that_it_replays(model, monkeyp
             found.append([loss, *(p.grad.clone() for p in state.model.parameters())])
         torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
     assert len(captured.graphs) == (2 if own else 1)
+
+
+@needs_gpu
+def test_muon_in_a_graph_moves_weights_as_on_the_cpu_wherever_their_gradients_are():
+    torch.manual_seed(0)
+    weights = torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last), torch.randn(32, 12)
+    there, here = ([torch.nn.Parameter(weight.to(device)) for weight in weights] for device in ("cpu", CUDA))
+    on_cpu, on_gpu = Muon(there, 0.01), Muon(here, 0.01)
+    places = [[torch.empty_like(weight) for weight in here] for _ in range(2)]
+    for step in range(8):
+        for a, b, place in zip(there, here, places[step % 2], strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = place.copy_(a.grad)  # the two places take turns
+        on_cpu.step()
+        on_gpu.step()
+    assert len(on_gpu.directions.graphs) == 2
+    for a, b in zip(there, here, strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=0, atol=1e-4)  # 8 steps are 0.08 long
 
 
 @needs_gpu
