@@ -45,8 +45,9 @@ def parser() -> Parser:
     """All flags."""
     p = Parser(prog="sample.py", description="Draw images from trained models.")
     p.add_argument(
-        "--checkpoint", nargs="+", default=[str(PUBLISHED)], metavar="RUN",
-        help="a run folder or a model.safetensors; several are drawn side by side, from the same noise",
+        "--checkpoint", nargs="+", metavar="RUN",
+        help="a run folder or a model.safetensors; several are drawn side by side, from the same noise "
+        "(default: the published weights)",
     )  # fmt: skip
     p.add_argument("--num-images", type=integer(1, 10**6), default=64, help="how many to draw")
     p.add_argument("--output", default="samples.png", metavar="PNG", help="the grid")
@@ -86,14 +87,13 @@ def main() -> None:
     """Parse, check, draw."""
     p = parser()
     args = p.parse_args()
-    given = p.given()
     if args.eta and args.sampler != "ddim":
         raise UserError(f"--eta: only --sampler ddim has it, got --sampler {args.sampler}")
     keep_freed_memory()
     device = choose_device(args.device)
-    if "checkpoint" not in given and not PUBLISHED.exists():
+    if args.checkpoint is None and not PUBLISHED.exists():
         raise UserError("--checkpoint: name a run folder; there are no published weights beside sample.py")
-    drawn = load_all(args.checkpoint)
+    drawn = load_all(args.checkpoint or [str(PUBLISHED)])
     timesteps = min(one.scheduler.num_timesteps for one in drawn.values())
     args.steps = args.steps or min(50, timesteps)
     if args.steps > timesteps:
