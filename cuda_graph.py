@@ -1,6 +1,6 @@
 """Parts of a training step as CUDA graphs: hundreds of small kernels cost one launch."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,8 @@ class RecordedFunction:
 
     def __init__(self, function: Callable[..., list[Tensor]]):
         self.function = function
-        self.seen: set[Hashable] = set()
-        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
+        self.seen: set[tuple[int, ...]] = set()
+        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
 
     def __call__(self, *arguments: list[Tensor]) -> list[Tensor]:
         if not all(tensor.is_cuda for tensors in arguments for tensor in tensors):

@@ -17,6 +17,7 @@ WEIGHT_DECAY = 0.01
 SMALLEST_SIDE = 8  # a weight with fewer rows or columns has no directions to even out
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of x, x^3 and x^5 (Jordan et al. 2024): steep at zero, rough near one
 NEWTON_SCHULZ_STEPS = 5
+CUDA_SHORT = 10  # bits of a length up to which a GPU takes all matrices in one stack
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float) -> "torch.optim.Optimizer | MuonAndAdamW":
@@ -111,8 +112,8 @@ def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
     """
     stacks = defaultdict(list)
     for i, matrix in enumerate(matrices):
-        # on a GPU a launch costs more than zeros; elsewhere none is padded to more than twice its length
-        stacks[0 if matrix.is_cuda else max(matrix.shape).bit_length()].append(i)
+        # none is padded to more than twice its length, save on a GPU, where a launch costs more than some zeros
+        stacks[max(max(matrix.shape).bit_length(), CUDA_SHORT if matrix.is_cuda else 0)].append(i)
     results = {}
     for chosen in stacks.values():
         wide = [matrices[i] if matrices[i].shape[0] <= matrices[i].shape[1] else matrices[i].T for i in chosen]
