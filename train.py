@@ -41,7 +41,7 @@ def parser() -> Parser:
     p.add_argument("--solver", choices=list(STEP_SHARE), default="euler", help="ODE steps of the true liquid model")
     p.add_argument(
         "--random-ode-steps", action="store_true",
-        help="train the true model with half, once and twice its ODE steps, so that sample.py may choose them",
+        help="train the true model with half to four times its ODE steps, so that sample.py may choose them",
     )  # fmt: skip
     p.add_argument("--dataset", choices=DATASETS, default=default["dataset"], help="what to learn")
     p.add_argument("--data-dir", default=default["data_dir"], help="where data sets are kept; the images of `folder`")
