@@ -85,8 +85,7 @@ def parser() -> Parser:
 
 def main() -> None:
     """Parse, check, draw."""
-    p = parser()
-    args = p.parse_args()
+    args = parser().parse_args()
     if args.eta and args.sampler != "ddim":
         raise UserError(f"--eta: only --sampler ddim has it, got --sampler {args.sampler}")
     keep_freed_memory()
