@@ -33,7 +33,7 @@ from optimizer import OPTIMIZERS
 from pictures import save_labelled_rows
 from side_by_side import run_all
 from speed import machine_name, training_rates
-from train_config import TrainConfig
+from train_config import BEFORE_THE_FLAG, TrainConfig
 from training import failures_named
 from training_step import WARM_UP_STEPS
 from validation import held_out_loss
@@ -173,7 +173,7 @@ def shared_settings(s: argparse.Namespace, folder: Path) -> dict:
     path = folder / "comparison.json"
     if path.exists():
         try:
-            before = {"optimizer": "adamw"} | json.loads(path.read_text(encoding="utf-8"))
+            before = BEFORE_THE_FLAG | json.loads(path.read_text(encoding="utf-8"))
         except (OSError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not readable ({error})") from error
         for name, value in settings.items():

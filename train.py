@@ -21,7 +21,7 @@ from image_data import DATASETS
 from liquid_diffusion import STEP_SHARE
 from models import MODELS, build_model
 from optimizer import OPTIMIZERS
-from train_config import TrainConfig
+from train_config import BEFORE_THE_FLAG, TrainConfig
 from training import train
 
 # what a resumed run may change: how long, where and how loudly, not what is learned from what
@@ -146,7 +146,7 @@ def resumed(given: dict, output_dir: Path) -> tuple[TrainConfig, Path]:
         folder = folder.parent if folder.is_file() else folder
     record = read_config(folder)
     try:
-        saved = TrainConfig(**{"optimizer": "adamw"} | record["train"])  # a run from before the flag
+        saved = TrainConfig(**BEFORE_THE_FLAG | record["train"])
         ode = {name: saved.model_config.get(name) for name in ("solver", "random_steps")}
         before = vars(saved) | {"solver": ode["solver"], "random_ode_steps": bool(ode["random_steps"])}
         parser().check(before)

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+BEFORE_THE_FLAG = {"optimizer": "adamw"}  # what a record that does not say it was made with
+
 
 @dataclass(frozen=True)
 class TrainConfig:
