@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-BEFORE_THE_FLAG = {"optimizer": "adamw"}  # what a record that does not say it was made with
+BEFORE_THE_FLAG = {"optimizer": "adamw"}  # of a record that names no optimizer
 
 
 @dataclass(frozen=True)
