@@ -11,7 +11,6 @@ sigma_t^2 = 1 - alpha_t^2. Timesteps count from 0 (nearly clean) to T - 1 (nearl
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -89,10 +88,13 @@ class DDPMScheduler:
             s = (self.sigma**2 + (self.alpha * SIGMA_DATA) ** 2).sqrt()
             self.p, self.q = self.sigma / (s * SIGMA_DATA), -self.alpha * SIGMA_DATA / s
             self.input_scale = 1 / s
+        self._tables: dict[tuple, Tensor] = {}  # copies that stay where they are: CUDA graphs read them there
 
-    @lru_cache(maxsize=32)  # noqa: B019 - a scheduler lives as long as its process
     def _table(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        return getattr(self, name).to(dtype).to(device)
+        key = name, device, dtype
+        if key not in self._tables:
+            self._tables[key] = getattr(self, name).to(dtype).to(device)
+        return self._tables[key]
 
     def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """The table `name` at timesteps t (B,), in the dtype of `like` (B, C, H, W): (B, 1, 1, 1)."""

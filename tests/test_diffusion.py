@@ -307,6 +307,16 @@ def test_noise_of_an_image_depends_on_its_seed_alone():
         assert torch.equal(together()[2], alone()[0])
 
 
+def test_a_scheduler_s_tables_stay_where_they_are_whatever_others_do():
+    names = ("alpha", "sigma", "input_scale", "p", "q", "density", "cumulative")
+    schedulers = [DDPMScheduler() for _ in range(8)]
+    first, again = (
+        [scheduler._table(name, torch.device("cpu"), torch.float16) for scheduler in schedulers for name in names]
+        for _ in range(2)
+    )
+    assert all(a is b for a, b in zip(first, again, strict=True))
+
+
 @pytest.mark.parametrize(
     "options, word",
     [
