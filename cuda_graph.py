@@ -1,6 +1,7 @@
 """Parts of a training step as CUDA graphs: hundreds of small kernels cost one launch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,21 @@ from image_data import Batch
 
 WARM_UPS = 3  # runs before the capture, in which compilers compile and libraries choose kernels and allocate
 MOST_PLACES = 16  # that a function's arguments are in by turns; with more, they are somewhere else each time
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """A block whose kernels the graph records, with a cuBLAS workspace that is the graph's own.
+
+    By itself cuBLAS keeps the first graph's for all that are recorded later, and these read freed memory once that
+    graph is gone (github.com/pytorch/pytorch/issues/193402).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may do as they please
+            yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class CapturedGradient:
@@ -45,7 +61,7 @@ class CapturedGradient:
                 self.gradient(inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with recording(graph):
             loss = self.gradient(inputs)
         return graph, inputs, loss, [parameter.grad for parameter in self.model.parameters()]
 
@@ -73,7 +89,7 @@ class RecordedFunction:
             return self.function(*arguments)
         if places not in self.graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with recording(graph):
                 results = self.function(*arguments)
             self.graphs[places] = graph, results
         graph, results = self.graphs[places]

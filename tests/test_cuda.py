@@ -1,5 +1,6 @@
 """What is CUDA's own: the dtypes of its autocast, which fake tensors show anywhere, and, on a GPU, graphs and bytes."""
 
+import gc
 import signal
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cuda_graph import CapturedGradient
+from cuda_graph import CapturedGradient, RecordedFunction
 from hardware import Processes
 from image_data import load_images, training_batch
 from liquid_diffusion import STEP_SHARE
@@ -63,6 +64,38 @@ def test_a_graph_gives_the_gradients_of_the_steps_that_it_replays(model, monkeyp
             found.append([loss, *(p.grad.clone() for p in state.model.parameters())])
         torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
     assert len(captured.graphs) == (2 if own else 1)
+
+
+@needs_gpu
+def test_graphs_of_many_trainings_take_turns():
+    trainings = []
+    for seed in range(8):
+        config = replace(CONFIG, seed=seed, compile="off", precision="fp32")
+        scheduler, state = untrained(config, DIGITS, CUDA)
+        plain = gradient_function(state, scheduler, config, Processes(CUDA))
+        trainings.append((scheduler, plain, CapturedGradient(plain, state.model)))
+    for number in range(3):
+        for scheduler, plain, captured in trainings:
+            batch = training_batch(DIGITS, scheduler.draw_timesteps, seed=0, number=number, batch_size=8, device=CUDA)
+            loss = captured(batch).clone()
+            torch.testing.assert_close(loss, plain(batch))
+
+
+@needs_gpu
+def test_a_graph_outlives_one_that_was_recorded_before_it():
+    def gram(matrices):
+        return [matrices[0].mT @ matrices[0]]  # of so many rows that cuBLAS divides them, which takes a workspace
+
+    x = torch.randn(2**15, 640, device=CUDA, dtype=torch.bfloat16, generator=torch.Generator(CUDA).manual_seed(0))
+    first, second = RecordedFunction(gram), RecordedFunction(gram)
+    for function in (first, second):
+        for _ in range(2):  # the second time it is recorded
+            function([x])
+        assert len(function.graphs) == 1
+    del first, function
+    gc.collect()
+    torch.cuda.empty_cache()  # the memory of the graph that is gone is nobody's
+    torch.testing.assert_close(second([x]), gram([x]))
 
 
 @needs_gpu
