@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import fastest
 from hardware import Processes, compiled
@@ -104,6 +106,19 @@ def test_a_compiled_depthwise_convolution_copies_no_features():
         network(x).square().sum().backward()
     copied = [event.input_shapes[0] for event in profile.events() if event.name == "aten::copy_"]
     assert [2, 8, 16, 16] not in copied
+
+
+def test_compiling_says_nothing_of_what_a_network_looks_up_in_a_cache(recwarn):
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return factor() * x
+
+    @lru_cache
+    def factor():
+        return 2
+
+    assert compiled(Scaled())(torch.ones(1)) == 2
+    assert not [warning for warning in recwarn if "lru_cache" in str(warning.message)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
