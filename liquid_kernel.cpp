@@ -226,29 +226,32 @@ auto made(Make make, bool& failed) -> decltype(make()) {
 // it is not null, has a line for each step too: W_rec * h_k + drive.
 void integrate(const Grid& g, int steps, bool from_zeros, const bf16* drive, const bf16* share, const bf16* factor,
                bf16* states, int kept, bf16* drives) {
-    alignas(64) float sums[CHUNK * CHANNELS] = {};
+    alignas(64) float sums[2][CHUNK * CHANNELS] = {};
     for (int step = 0; step < steps; step++) {
         const bf16* h = states + step % kept * g.line() + g.first();
         bf16* next = states + (step + 1) % kept * g.line() + g.first();
         const bool still = from_zeros && step == 0;  // W_rec * 0 = 0
-        for (int q = 0; q < g.positions(); q += CHUNK) {
-            if (!still) {
-                sums_zero();
-                for (int tap = 0; tap < TAPS; tap++)
-                    multiply(h + (q + g.offset(tap)) * CHANNELS, 64, factor + tap * CHANNELS * CHANNELS, 128);
-                sums_store(sums);
+        auto move = [&](int position) {
+            const int at = position * CHANNELS;
+            const Pair sum = load(sums[position / CHUNK % 2] + position % CHUNK * CHANNELS);
+            const Pair d = load(drive + at), a = load(share + at);
+            const Pair z{_mm512_add_ps(d.even, sum.even), _mm512_add_ps(d.odd, sum.odd)};
+            const Pair now = still ? Pair{_mm512_setzero_ps(), _mm512_setzero_ps()} : load(h + at);
+            auto moved = [](__m512 h, __m512 z, __m512 a) {
+                return _mm512_fmadd_ps(a, _mm512_fmsub_ps(z, sigmoid(z), h), h);
+            };
+            store(next + at, {moved(now.even, z.even, a.even), moved(now.odd, z.odd, a.odd)});
+            if (drives) store(drives + step * g.line() + g.first() + at, z);
+        };
+        for (int q = 0; q <= g.positions(); q += CHUNK) {  // the matrix unit is a chunk ahead of the vector units
+            const bool more = !still && q < g.positions();
+            if (more) sums_zero();
+            for (int tap = 0; tap < TAPS; tap++) {
+                if (more) multiply(h + (q + g.offset(tap)) * CHANNELS, 64, factor + tap * CHANNELS * CHANNELS, 128);
+                if (q > 0)
+                    for (int i = tap * CHUNK / TAPS; i < (tap + 1) * CHUNK / TAPS; i++) move(q - CHUNK + i);
             }
-            for (int i = 0; i < CHUNK; i++) {
-                const int at = (q + i) * CHANNELS;
-                const Pair sum = load(sums + i * CHANNELS), d = load(drive + at), a = load(share + at);
-                const Pair z{_mm512_add_ps(d.even, sum.even), _mm512_add_ps(d.odd, sum.odd)};
-                const Pair now = still ? Pair{_mm512_setzero_ps(), _mm512_setzero_ps()} : load(h + at);
-                auto moved = [](__m512 h, __m512 z, __m512 a) {
-                    return _mm512_fmadd_ps(a, _mm512_fmsub_ps(z, sigmoid(z), h), h);
-                };
-                store(next + at, {moved(now.even, z.even, a.even), moved(now.odd, z.odd, a.odd)});
-                if (drives) store(drives + step * g.line() + g.first() + at, z);
-            }
+            if (more) sums_store(sums[q / CHUNK % 2]);
         }
     }
 }
