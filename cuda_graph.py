@@ -16,8 +16,8 @@ MOST_PLACES = 16  # that a function's arguments are in by turns; with more, they
 def recording(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     """A block whose kernels the graph records, with a cuBLAS workspace that is the graph's own.
 
-    By itself cuBLAS keeps the first graph's for all that are recorded later, and these read freed memory once that
-    graph is gone (github.com/pytorch/pytorch/issues/193402).
+    By itself torch gives the first graph's to all that are recorded later, and these read freed memory once that graph
+    is gone (github.com/pytorch/pytorch/issues/193402).
     """
     torch._C._cuda_clearCublasWorkspaces()
     try:
