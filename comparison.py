@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit  # scipy.stats has it too, and takes most of a second to import
 
 from checkpoint import atomic_path
 from errors import UserError
@@ -61,7 +61,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return mean, math.nan
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
+    return mean, float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
 
 
 def paired_differences(arm: Sequence[Result], reference: Sequence[Result]) -> list[float]:

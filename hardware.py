@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import liquid_kernel
 from errors import RunFailed, UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -150,6 +151,7 @@ def compiled(network: nn.Module) -> nn.Module:
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+    torch.compiler.assume_constant_result(liquid_kernel.available)  # a decorator would load the compiler at the import
     return torch.compile(network, options={"force_layout_optimization": True})
 
 

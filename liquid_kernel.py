@@ -33,7 +33,6 @@ def fits(drive: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether there is a kernel on this machine."""
     return library() is not None

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import liquid_kernel
+from hardware import compiled
 from liquid_diffusion import RealLiquidCell, TrueLiquidDiffusionModel
 
 resource = pytest.importorskip("resource")
@@ -129,6 +130,16 @@ def test_model_computes_the_same_with_and_without_it(monkeypatch, threads):
     assert not torch.equal(found, without)  # so the kernel did run
     assert error(found, exact) < 2**-5
     assert error(found, exact) < 1.5 * error(without, exact)
+
+
+@needs_kernel
+def test_it_does_not_divide_what_is_compiled():
+    cell = RealLiquidCell(4, 8, 8, num_steps=2, tau_range=(0.5, 4))
+    compiled(cell)  # nothing is compiled before it is called
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch._dynamo.explain(cell)(torch.randn(1, 4, 8, 8), torch.randn(1, 8))
+    assert found.graph_break_count == 0
+    assert torch.ops.liquid.integrate in found.ops_per_graph[0]
 
 
 @needs_kernel
