@@ -29,6 +29,8 @@ GRADIENT = 1.0  # that every output of a cell is given
 class TorchdiffeqCell(RealLiquidCell):
     """The same cell and parameters, its Euler steps taken by `torchdiffeq.odeint`."""
 
+    has_kernel = False
+
     def integrate(
         self, h: Tensor | None, drive: Tensor, tau: Tensor, horizon: float | None = None, num_steps: int | None = None
     ) -> Tensor:

@@ -42,13 +42,15 @@ class PooledLiquid(TrueLiquidDiffusionModel):
 class FixedTauCell(RealLiquidCell):
     """tau is the middle of its range, for every input, time, pixel and channel."""
 
+    has_kernel = False
+
     def __init__(self, in_channels: int, channels: int, embedding_dim: int, **options):
         super().__init__(in_channels, channels, embedding_dim, **options)
         self.input = InputConv(in_channels, channels)  # the drive alone
         self.time = nn.Linear(embedding_dim, channels, bias=False)
 
-    def drive_and_tau(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        drive = self.input(x) + self.time(embedding)[:, :, None, None]
+    def _drive_and_tau(self, features: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        drive = features + offset[:, :, None, None]
         return drive, torch.full_like(drive, (self.tau_min + self.tau_max) / 2)
 
 

@@ -129,10 +129,17 @@ class RealLiquidCell(nn.Module):
             raise UserError(f"ODE steps: must be at least 1, got {num_steps}")
         self.solver, self.num_steps = solver, num_steps
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether `liquid_kernel` computes the same; a cell that computes something else says no."""
+        return self.activation is F.silu and self.solver in liquid_kernel.SOLVERS
+
     def drive_and_tau(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, in_channels, H, W), embedding (B, embedding_dim) -> drive and tau, each (B, channels, H, W)."""
-        mixed = self.input(x) + self.time(embedding)[:, :, None, None]
-        drive, logit = mixed.chunk(2, dim=1)
+        return self._drive_and_tau(self.input(x), self.time(embedding))
+
+    def _drive_and_tau(self, features: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        drive, logit = (features + offset[:, :, None, None]).chunk(2, dim=1)
         return drive, self.tau_min + (self.tau_max - self.tau_min) * torch.sigmoid(logit)
 
     def target(self, h: Tensor, drive: Tensor) -> Tensor:
@@ -151,8 +158,6 @@ class RealLiquidCell(nn.Module):
         share = STEP_SHARE[self.solver](horizon / num_steps / tau).to(
             drive.dtype
         )  # on CUDA autocast divides in float32
-        if self.activation is F.silu and liquid_kernel.fits(drive):
-            return liquid_kernel.integrate(h, drive, share, self.recurrent.weight, num_steps)
         for _ in range(num_steps):
             # the first step from zeros needs no convolution: W_rec * 0 = 0
             h = share * self.activation(drive) if h is None else torch.lerp(h, self.target(h, drive), share)
@@ -175,7 +180,11 @@ class RealLiquidCell(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, h: Tensor | None = None) -> Tensor:
         """x (B, in_channels, H, W), embedding (B, embedding_dim), h (B, channels, H, W) -> the new h."""
-        return self.integrate(h, *self.drive_and_tau(x, embedding))
+        features, offset = self.input(x), self.time(embedding)
+        if self.has_kernel and liquid_kernel.fits(features):
+            weight, dt, tau_range = self.recurrent.weight, self.horizon / self.num_steps, (self.tau_min, self.tau_max)
+            return liquid_kernel.integrate(h, features, offset, weight, self.num_steps, self.solver, dt, tau_range)
+        return self.integrate(h, *self._drive_and_tau(features, offset))
 
 
 class SpatialLiquidProcessor(nn.Module):

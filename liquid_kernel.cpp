@@ -2,12 +2,15 @@
 // last, and the recurrent 3x3 convolution runs on the processor's matrix unit (AMX, bf16 products, fp32 sums).
 //
 //     h_{k+1} = h_k + share (silu(W_rec * h_k + drive) - h_k),   k = 0 .. steps - 1
+//     share = g(dt / tau),   tau = tau_min + (tau_max - tau_min) sigmoid(logit),   g: the scheme's
+//
+// drive and logit are the halves of the sum of `features`, at every pixel, and `offset`, for all of them alike.
 //
 // An image lies in memory as one line of positions with CHANNELS bf16 values each, its rows one zero position apart, so
 // that a neighbour of any pixel is a fixed number of positions away and beyond every border there are zeros. `share` is
 // zero there too, which keeps them so: h + 0 (f - h) = 0.
 //
-// liquid_kernel.py compiles and calls it; the equation in torch is RealLiquidCell.integrate.
+// liquid_kernel.py compiles and calls it; the equations in torch are RealLiquidCell's.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -66,11 +69,11 @@ struct Pair {  // the 32 values of a position in fp32: those of the even channel
     __m512 even, odd;
 };
 
-inline Pair load(const bf16* p) {
-    const __m512i v = _mm512_loadu_si512(p);
+inline Pair widen(__m512i v) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)),
             _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff0000)))};
 }
+inline Pair load(const bf16* p) { return widen(_mm512_loadu_si512(p)); }
 inline Pair load(const float* p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
 inline __m512i narrow(Pair v) { return _mm512_permutexvar_epi16(ZIP, (__m512i)_mm512_cvtne2ps_pbh(v.odd, v.even)); }
 inline void store(bf16* p, Pair v) { _mm512_storeu_si512(p, narrow(v)); }
@@ -78,20 +81,22 @@ inline void store(float* p, Pair v) {
     _mm512_storeu_ps(p, v.even);
     _mm512_storeu_ps(p + 16, v.odd);
 }
-// 1 / (1 + 2^t), t = -z log2(e): 2^t is 2^floor(t) times a polynomial of the rest (Chebyshev, within 1e-4)
-inline __m512 sigmoid(__m512 z) {
-    const __m512 t = _mm512_mul_ps(z, _mm512_set1_ps(-1.44269504f)), x = _mm512_reduce_ps(t, 1);  // t - floor(t)
+// 2^t is 2^floor(t) times a polynomial of the rest (Chebyshev, within 1e-4)
+inline __m512 exp2(__m512 t) {
+    const __m512 x = _mm512_reduce_ps(t, 1);  // t - floor(t)
     __m512 e = _mm512_set1_ps(0.07790716f);
     for (float c : {0.22623319f, 0.69577710f, 0.99992783f}) e = _mm512_fmadd_ps(e, x, _mm512_set1_ps(c));
-    return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1), _mm512_scalef_ps(e, t)));
+    return _mm512_scalef_ps(e, t);
 }
+inline __m512 exp_of_minus(__m512 z) { return exp2(_mm512_mul_ps(z, _mm512_set1_ps(-1.44269504f))); }
+inline __m512 sigmoid(__m512 z) { return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1), exp_of_minus(z))); }
 
-// (height, width) pixels of `channels` bf16 values, `stride` values apart, from and to the layout above
-void gather(const Grid& g, const bf16* pixels, int64_t stride, bf16* line) {
+// (height, width) pixels of `channels` bf16 values from and to the layout above
+void gather(const Grid& g, const bf16* pixels, bf16* line) {
     for (int y = 0; y < g.height; y++)
         for (int x = 0; x < g.width; x++)
             _mm512_store_si512(line + (y * g.row() + x) * CHANNELS,
-                               _mm512_maskz_loadu_epi16(g.mask(), pixels + (int64_t(y) * g.width + x) * stride));
+                               _mm512_maskz_loadu_epi16(g.mask(), pixels + (int64_t(y) * g.width + x) * g.channels));
 }
 template <typename T>
 void scatter(const Grid& g, const T* line, bf16* pixels) {
@@ -99,6 +104,76 @@ void scatter(const Grid& g, const T* line, bf16* pixels) {
         for (int x = 0; x < g.width; x++)
             _mm512_mask_storeu_epi16(pixels + (int64_t(y) * g.width + x) * g.channels, g.mask(),
                                      narrow(load(line + (y * g.row() + x) * CHANNELS)));
+}
+
+// Which share of its way to f the state goes in a step of a = dt / tau: a, a / (1 + a) or 1 - exp(-a)
+enum Scheme { EULER, SEMI_IMPLICIT, EXPONENTIAL };
+
+// What drives the cell: 2 channels values at every pixel of an image, and as many for all of them
+struct Input {
+    const bf16 *features, *offset;
+    Scheme scheme;
+    float dt, tau_min, tau_range;
+
+    Input of(const Grid& g, int64_t image) const {
+        const int width = 2 * g.channels;
+        return {features + image * g.height * g.width * width, offset + image * width, scheme, dt, tau_min, tau_range};
+    }
+    Pair at(const Grid& g, int64_t pixel, int half) const {  // 0: drive, 1: logit
+        const Pair x = widen(_mm512_maskz_loadu_epi16(g.mask(), features + (2 * pixel + half) * g.channels));
+        const Pair t = widen(_mm512_maskz_loadu_epi16(g.mask(), offset + half * g.channels));
+        return {_mm512_add_ps(x.even, t.even), _mm512_add_ps(x.odd, t.odd)};
+    }
+    __m512 step(__m512 p) const {  // dt / tau, of p = sigmoid(logit)
+        const __m512 tau = _mm512_fmadd_ps(p, _mm512_set1_ps(tau_range), _mm512_set1_ps(tau_min));
+        return _mm512_mul_ps(_mm512_set1_ps(dt), _mm512_rcp14_ps(tau));
+    }
+    __m512 share(__m512 logit) const {
+        const __m512 one = _mm512_set1_ps(1), a = step(sigmoid(logit));
+        if (scheme == EULER) return a;
+        if (scheme == SEMI_IMPLICIT) return _mm512_mul_ps(a, _mm512_rcp14_ps(_mm512_add_ps(one, a)));
+        return _mm512_sub_ps(one, exp_of_minus(a));
+    }
+    __m512 slope_of_share(__m512 logit) const {  // of a: -dt / tau^2 (tau_max - tau_min) p (1 - p)
+        const __m512 p = sigmoid(logit), a = step(p), one = _mm512_set1_ps(1);
+        const __m512 of_p = _mm512_mul_ps(_mm512_mul_ps(a, a), _mm512_set1_ps(-tau_range / dt));
+        const __m512 of_logit = _mm512_mul_ps(of_p, _mm512_fnmadd_ps(p, p, p));
+        if (scheme == EULER) return of_logit;
+        if (scheme == EXPONENTIAL) return _mm512_mul_ps(of_logit, exp_of_minus(a));
+        const __m512 r = _mm512_rcp14_ps(_mm512_add_ps(one, a));
+        return _mm512_mul_ps(of_logit, _mm512_mul_ps(r, r));
+    }
+};
+
+void gather(const Grid& g, const Input& input, bf16* drive, bf16* share) {
+    for (int y = 0; y < g.height; y++)
+        for (int x = 0; x < g.width; x++) {
+            const int at = (y * g.row() + x) * CHANNELS;
+            const Pair logit = input.at(g, y * g.width + x, 1);
+            store(drive + at, input.at(g, y * g.width + x, 0));
+            store(share + at, {input.share(logit.even), input.share(logit.odd)});
+        }
+}
+
+// From the gradients of drive and share those of the input
+void scatter(const Grid& g, const Input& input, const float* of_drive, const float* of_share, bf16* of_features,
+             bf16* of_offset) {
+    Pair sums[2] = {};
+    for (int y = 0; y < g.height; y++)
+        for (int x = 0; x < g.width; x++) {
+            const int at = (y * g.row() + x) * CHANNELS;
+            const int64_t pixel = y * g.width + x;
+            const Pair logit = input.at(g, pixel, 1), a = load(of_share + at);
+            const Pair found[2] = {load(of_drive + at), {_mm512_mul_ps(a.even, input.slope_of_share(logit.even)),
+                                                         _mm512_mul_ps(a.odd, input.slope_of_share(logit.odd))}};
+            for (int half = 0; half < 2; half++) {
+                sums[half] = {_mm512_add_ps(sums[half].even, found[half].even),
+                              _mm512_add_ps(sums[half].odd, found[half].odd)};
+                _mm512_mask_storeu_epi16(of_features + (2 * pixel + half) * g.channels, g.mask(), narrow(found[half]));
+            }
+        }
+    for (int half = 0; half < 2; half++)
+        _mm512_mask_storeu_epi16(of_offset + half * g.channels, g.mask(), narrow(sums[half]));
 }
 
 // Tiles 0 to 3 are the sums: 32 rows (0, 1: the first 16) by 32 columns (0, 2: the first 16). 4, 5 and 6, 7: factors.
@@ -287,13 +362,15 @@ extern "C" {
 // Whether this process may use the matrix unit: Linux grants it on request.
 bool liquid_kernel_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
-// Both return whether there was enough memory. All but the weight (channels, channels, 3, 3) are of (images, height,
-// width, channels), with as many values from pixel to pixel as is said, or `channels`. state: null for zeros.
-bool liquid_kernel_forward(int images, int channels, int height, int width, int steps, const bf16* state,
-                           int64_t state_stride, const bf16* drive, int64_t drive_stride, const bf16* share,
-                           int64_t share_stride, const float* weight, bf16* output) try {
+// Both return whether there was enough memory. state (null for zeros), output, gradient: (images, height, width,
+// channels). features: (images, height, width, 2 channels). offset: (images, 2 channels). weight: (channels, channels,
+// 3, 3).
+bool liquid_kernel_forward(int images, int channels, int height, int width, int steps, Scheme scheme, float dt,
+                           float tau_min, float tau_max, const bf16* state, const bf16* features, const bf16* offset,
+                           const float* weight, bf16* output) try {
     const Grid g{channels, height, width};
-    const int64_t pixels = int64_t(height) * width;
+    const Input input{features, offset, scheme, dt, tau_min, tau_max - tau_min};
+    const int64_t area = int64_t(height) * width;
     Buffer<bf16> factor(TAPS * CHANNELS * CHANNELS);
     bool failed = false;
 #pragma omp parallel
@@ -306,12 +383,11 @@ bool liquid_kernel_forward(int images, int channels, int height, int width, int 
         for (int image = 0; image < images; image++) {
             if (failed) continue;
             bf16 *d = own->drive, *s = own->share, *states = own->states;
-            gather(g, drive + image * pixels * drive_stride, drive_stride, d);
-            gather(g, share + image * pixels * share_stride, share_stride, s);
+            gather(g, input.of(g, image), d, s);
             std::fill_n(states, g.line(), 0);
-            if (state) gather(g, state + image * pixels * state_stride, state_stride, states + g.first());
+            if (state) gather(g, state + image * area * channels, states + g.first());
             integrate(g, steps, !state, d, s, factor, states, 2, nullptr);
-            scatter(g, states + steps % 2 * g.line() + g.first(), output + image * pixels * channels);
+            scatter(g, states + steps % 2 * g.line() + g.first(), output + image * area * channels);
         }
     }
     return !failed;
@@ -319,15 +395,15 @@ bool liquid_kernel_forward(int images, int channels, int height, int width, int 
     return false;
 }
 
-// The gradients of state (null if that was), drive, share and the weight. The states in between are computed again in
+// The gradients of state (null if that was), features, offset and weight. The states in between are computed again in
 // the cache, image by image, instead of being written to memory and read back.
-bool liquid_kernel_backward(int images, int channels, int height, int width, int steps, const bf16* gradient,
-                            int64_t gradient_stride, const bf16* state, int64_t state_stride, const bf16* drive,
-                            int64_t drive_stride, const bf16* share, int64_t share_stride, const float* weight,
-                            bf16* state_gradient, bf16* drive_gradient, bf16* share_gradient,
-                            float* weight_gradient) try {
+bool liquid_kernel_backward(int images, int channels, int height, int width, int steps, Scheme scheme, float dt,
+                            float tau_min, float tau_max, const bf16* gradient, const bf16* state,
+                            const bf16* features, const bf16* offset, const float* weight, bf16* state_gradient,
+                            bf16* features_gradient, bf16* offset_gradient, float* weight_gradient) try {
     const Grid g{channels, height, width};
-    const int64_t pixels = int64_t(height) * width;
+    const Input input{features, offset, scheme, dt, tau_min, tau_max - tau_min};
+    const int64_t area = int64_t(height) * width;
     const int inner = g.positions() * CHANNELS;
     const int weights = TAPS * CHANNELS * CHANNELS;
     Buffer<bf16> factor(weights), exchanged(weights);
@@ -350,13 +426,12 @@ bool liquid_kernel_backward(int images, int channels, int height, int width, int
             if (failed) continue;
             bf16 *d = own->drive, *s = own->share, *states = own->states, *drives = own->drives;
             float *of_h = own->of_h, *of_share = own->of_share;
-            gather(g, drive + image * pixels * drive_stride, drive_stride, d);
-            gather(g, share + image * pixels * share_stride, share_stride, s);
+            gather(g, input.of(g, image), d, s);
             std::fill_n(states, g.line(), 0);
-            if (state) gather(g, state + image * pixels * state_stride, state_stride, states + g.first());
+            if (state) gather(g, state + image * area * channels, states + g.first());
             integrate(g, steps, !state, d, s, factor, states, steps + 1, drives);
             bf16* last = states + steps * g.line() + g.first();  // of which the gradient takes the place
-            gather(g, gradient + image * pixels * gradient_stride, gradient_stride, last);
+            gather(g, gradient + image * area * channels, last);
             for (int at = 0; at < inner; at += CHANNELS) {
                 store(of_h + at, load(last + at));
                 store(of_share + at, zero);
@@ -391,8 +466,7 @@ bool liquid_kernel_backward(int images, int channels, int height, int width, int
                 }
                 add_weight_gradient(g, h, of_z, own->columns, own->paired, *part);
             }
-            scatter(g, of_share, share_gradient + image * pixels * channels);
-            if (state) scatter(g, of_h, state_gradient + image * pixels * channels);
+            if (state) scatter(g, of_h, state_gradient + image * area * channels);
             for (int at = 0; at < inner; at += CHANNELS) {
                 Pair sum = zero;
                 for (int step = 0; step < steps; step++) {
@@ -401,7 +475,8 @@ bool liquid_kernel_backward(int images, int channels, int height, int width, int
                 }
                 store(of_h + at, sum);
             }
-            scatter(g, of_h, drive_gradient + image * pixels * channels);
+            scatter(g, input.of(g, image), of_h, of_share, features_gradient + image * area * 2 * channels,
+                    offset_gradient + image * 2 * channels);
         }
     }
     for (int output = 0; output < channels; output++)

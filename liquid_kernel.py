@@ -1,11 +1,11 @@
 """A liquid cell's ODE steps as one call of compiled C++, on CPUs with a matrix unit for bf16 (Intel AMX, Linux).
 
-    if fits(drive):
-        h = integrate(h, drive, share, weight, num_steps)
+    if fits(features):
+        h = integrate(h, features, offset, weight, num_steps, "euler", dt, tau_range)
 
-`RealLiquidCell.integrate` is the same in torch, for every device and precision. Here an image's state stays in the
-cache from the first step to the last (liquid_kernel.cpp), where torch writes and reads it several times a step. The
-kernel is compiled at its first use, in a second or two, and kept in torch's cache folder.
+`RealLiquidCell` has the same in torch, for every device and precision. Here an image's state stays in the cache from
+the first step to the last (liquid_kernel.cpp), where torch writes and reads it several times a step. The kernel is
+compiled at its first use, in a second or two, and kept in torch's cache folder.
 """
 
 import ctypes
@@ -24,13 +24,13 @@ SOURCE = Path(__file__).with_name("liquid_kernel.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 PROCESSOR = {"amx_tile", "amx_bf16", "avx512bw", "avx512dq", "avx512_bf16"}  # what /proc/cpuinfo has to name
 MOST_CHANNELS = 32  # that the kernel has room for
+SOLVERS = ("euler", "semi-implicit", "exponential")  # in the order of the kernel's schemes
 
 
-def fits(drive: Tensor) -> bool:
-    """Whether the kernel can integrate a cell with this drive (B, C, H, W) here."""
-    return (
-        drive.device.type == "cpu" and drive.dtype == torch.bfloat16 and drive.shape[1] <= MOST_CHANNELS and available()
-    )
+def fits(features: Tensor) -> bool:
+    """Whether the kernel can integrate a cell with these features (B, 2C, H, W) here."""
+    possible = features.device.type == "cpu" and features.dtype == torch.bfloat16
+    return possible and features.shape[1] <= 2 * MOST_CHANNELS and available()
 
 
 def available() -> bool:
@@ -73,91 +73,123 @@ def compiled_file(processor: str) -> Path:
     return path
 
 
-def integrate(h: Tensor | None, drive: Tensor, share: Tensor, weight: Tensor, num_steps: int) -> Tensor:
-    """The state after `num_steps` steps h <- h + share (silu(W_rec * h + drive) - h), from h; None is zeros.
+def integrate(
+    h: Tensor | None,
+    features: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    num_steps: int,
+    solver: str,
+    dt: float,
+    tau_range: tuple[float, float],
+) -> Tensor:
+    """The state after `num_steps` steps h <- h + g(dt / tau) (silu(W_rec * h + drive) - h), from h; None is zeros.
 
-    h, drive, share: (B, C, H, W), bf16. weight: W_rec, (C, C, 3, 3). Products are in bf16, sums in fp32.
+    g is that of the solver (liquid_diffusion.STEP_SHARE).
+    h (B, C, H, W) and what is returned: bf16. features (B, 2C, H, W), bf16, plus offset (B, 2C), bf16: the drive and
+    the logit of tau = tau_min + (tau_max - tau_min) sigmoid(logit). weight: W_rec, (C, C, 3, 3). Products are in bf16,
+    sums in fp32.
     """
-    return torch.ops.liquid.integrate(h, drive, share, weight, num_steps)
+    return torch.ops.liquid.integrate(h, features, offset, weight, num_steps, solver, dt, *tau_range)
 
 
 @torch.library.custom_op("liquid::integrate", mutates_args=(), device_types="cpu")
-def _integrate(h: Tensor | None, drive: Tensor, share: Tensor, weight: Tensor, num_steps: int) -> Tensor:
-    read, weight, output = [_pixels(x) for x in (h, drive, share)], weight.float().contiguous(), _like(drive)
-    _run("forward", *drive.shape, num_steps, *_where_and_stride(read), _where(weight), _where(output))
+def _integrate(
+    h: Tensor | None,
+    features: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    num_steps: int,
+    solver: str,
+    dt: float,
+    tau_min: float,
+    tau_max: float,
+) -> Tensor:
+    output = _like(features, halved=True)
+    _run(
+        "forward",
+        output.shape,
+        (num_steps, solver, dt, tau_min, tau_max),
+        [*_read(h, features, offset, weight), output],
+    )
     return output
 
 
 @_integrate.register_fake
-def _(h, drive, share, weight, num_steps):
-    return _like(drive)
+def _(h, features, *_):
+    return _like(features, halved=True)
 
 
 @torch.library.custom_op("liquid::integrate_backward", mutates_args=(), device_types="cpu")
 def _integrate_backward(
-    gradient: Tensor, h: Tensor | None, drive: Tensor, share: Tensor, weight: Tensor, num_steps: int
+    gradient: Tensor,
+    h: Tensor | None,
+    features: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    num_steps: int,
+    solver: str,
+    dt: float,
+    tau_min: float,
+    tau_max: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of h (empty if it is None), drive, share and weight."""
-    read, weight = [_pixels(x) for x in (gradient, h, drive, share)], weight.float().contiguous()
-    of_h, *others = _gradients(h, drive, share, weight)
-    written = [None if h is None else of_h, *others]
-    _run("backward", *drive.shape, num_steps, *_where_and_stride(read), _where(weight), *map(_where, written))
-    return of_h, *others
+    """The gradients of h (empty if it is None), features, offset and weight."""
+    of_h, *others = gradients = _gradients(h, features, offset, weight)
+    tensors = [_pixels(gradient), *_read(h, features, offset, weight), None if h is None else of_h, *others]
+    _run("backward", gradient.shape, (num_steps, solver, dt, tau_min, tau_max), tensors)
+    return gradients
 
 
 @_integrate_backward.register_fake
-def _(gradient, h, drive, share, weight, num_steps):
-    return _gradients(h, drive, share, weight)
+def _(gradient, h, features, offset, weight, *_):
+    return _gradients(h, features, offset, weight)
 
 
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.num_steps = inputs
+    tensors, ctx.cell = inputs[:4], inputs[4:]
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, gradient: Tensor) -> tuple:
-    h, drive, share, weight = ctx.saved_tensors
-    gradients = torch.ops.liquid.integrate_backward(gradient, h, drive, share, weight, ctx.num_steps)
-    of_h, of_drive, of_share, of_weight = gradients
-    return None if h is None else of_h.to(h.dtype), of_drive, of_share, of_weight.to(weight.dtype), None
+    tensors = ctx.saved_tensors
+    gradients = torch.ops.liquid.integrate_backward(gradient, *tensors, *ctx.cell)
+    of_tensors = [None if x is None else g.to(x.dtype) for x, g in zip(tensors, gradients, strict=True)]
+    return *of_tensors, *(None for _ in ctx.cell)
 
 
 _integrate.register_autograd(_backward, setup_context=_keep)
 
 
-def _like(x: Tensor) -> Tensor:
-    """An empty bf16 tensor of the shape of x, channels last."""
-    return torch.empty(x.shape, dtype=torch.bfloat16, device=x.device, memory_format=torch.channels_last)
+def _like(x: Tensor, *, halved: bool = False) -> Tensor:
+    """An empty bf16 tensor of the shape of x, or of half its channels, channels last."""
+    batch, channels, *sides = x.shape
+    shape = (batch, channels // 2 if halved else channels, *sides)
+    return torch.empty(shape, dtype=torch.bfloat16, device=x.device, memory_format=torch.channels_last)
 
 
-def _gradients(h: Tensor | None, drive: Tensor, share: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    of_h = drive.new_empty(0) if h is None else _like(h)
-    return of_h, _like(drive), _like(share), torch.empty(weight.shape, device=weight.device)
+def _gradients(
+    h: Tensor | None, features: Tensor, offset: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_h = features.new_empty(0) if h is None else _like(h)
+    of_offset = torch.empty(offset.shape, dtype=torch.bfloat16, device=offset.device)
+    return of_h, _like(features), of_offset, torch.empty(weight.shape, device=weight.device)
 
 
-def _pixels(x: Tensor | None) -> tuple[Tensor | None, int]:
-    """x in bf16 and channels last, and how many values there are from pixel to pixel.
-
-    As many as channels, or more where x is a part of the channels of another tensor, which is not copied.
-    """
-    if x is None:
-        return None, 0
-    _, channels, height, width = x.shape
-    batch, channel, row, pixel = x.stride()
-    if x.dtype == torch.bfloat16 and channel == 1 and row == width * pixel and batch == height * row:
-        return x, pixel
-    return x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last), channels
+def _read(h: Tensor | None, features: Tensor, offset: Tensor, weight: Tensor) -> list[Tensor | None]:
+    """These as the kernel reads them."""
+    offset, weight = offset.to(torch.bfloat16).contiguous(), weight.float().contiguous()
+    return [None if h is None else _pixels(h), _pixels(features), offset, weight]
 
 
-def _where(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+def _pixels(x: Tensor) -> Tensor:
+    """x in bf16 and channels last, itself if it is."""
+    return x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
 
 
-def _where_and_stride(pixels: list[tuple[Tensor | None, int]]) -> list[ctypes.c_void_p | ctypes.c_int64]:
-    return [argument for x, stride in pixels for argument in (_where(x), ctypes.c_int64(stride))]
-
-
-def _run(name: str, *arguments: int | ctypes.c_void_p | ctypes.c_int64) -> None:
-    """Call a function of the kernel. Raises MemoryError."""
-    if not getattr(library(), f"liquid_kernel_{name}")(*arguments):
+def _run(name: str, shape: torch.Size, cell: tuple, tensors: list[Tensor | None]) -> None:
+    """Call a function of the kernel. cell: steps, solver, dt and tau's bounds. Raises MemoryError."""
+    num_steps, solver, *others = cell
+    numbers = [*shape, num_steps, SOLVERS.index(solver), *map(ctypes.c_float, others)]
+    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
+    if not getattr(library(), f"liquid_kernel_{name}")(*numbers, *pointers):
         raise MemoryError("out of memory in the liquid kernel")

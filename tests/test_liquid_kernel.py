@@ -8,26 +8,32 @@ import torch
 import torch.nn.functional as F
 
 import liquid_kernel
+from benchmark_peers import TorchdiffeqCell
 from hardware import compiled
-from liquid_diffusion import RealLiquidCell, TrueLiquidDiffusionModel
+from liquid_ablations import FixedTauCell
+from liquid_diffusion import STEP_SHARE, RealLiquidCell, TrueLiquidDiffusionModel
 
 resource = pytest.importorskip("resource")
 needs_kernel = pytest.mark.skipif(not liquid_kernel.available(), reason="no AMX, or no C++ compiler")
-NAMES = ("output", "h", "drive", "share", "weight")
+NAMES = ("output", "h", "features", "offset", "weight")
+DT, TAU_RANGE = 0.4, (0.5, 3.0)
 
 
-def by_torch(h, drive, share, weight, num_steps):
+def by_torch(h, features, offset, weight, num_steps, solver, dt, tau_range):
     """The steps as they are written down, from zeros where h is None."""
-    h = torch.zeros_like(drive) if h is None else h
+    drive, logit = (features + offset[:, :, None, None]).chunk(2, dim=1)
+    tau = tau_range[0] + (tau_range[1] - tau_range[0]) * torch.sigmoid(logit)
+    h, a = torch.zeros_like(drive) if h is None else h, dt / tau
+    share = {"euler": a, "semi-implicit": a / (1 + a), "exponential": 1 - torch.exp(-a)}[solver]
     for _ in range(num_steps):
         h = h + share * (F.silu(F.conv2d(h, weight, padding=1) + drive) - h)
     return h
 
 
-def with_gradients(integrate, tensors, gradient, num_steps):
+def with_gradients(integrate, tensors, gradient, num_steps, solver="euler"):
     """The output and the gradient of each tensor, None for one that is None."""
     leaves = [None if x is None else x.clone(memory_format=torch.preserve_format).requires_grad_() for x in tensors]
-    output = integrate(*leaves, num_steps)
+    output = integrate(*leaves, num_steps, solver, DT, TAU_RANGE)
     output.backward(gradient.to(output.dtype))
     return dict(zip(NAMES, [output.detach(), *(None if x is None else x.grad for x in leaves)], strict=True))
 
@@ -35,12 +41,13 @@ def with_gradients(integrate, tensors, gradient, num_steps):
 def inputs(shape, *, carried, seed=0):
     random = torch.Generator().manual_seed(seed)
     batch, channels, height, width = shape
-    both = torch.randn(batch, 2 * channels, height, width, generator=random).to(torch.bfloat16)
-    both = both.contiguous(memory_format=torch.channels_last)
+    features = torch.randn(batch, 2 * channels, height, width, generator=random).to(torch.bfloat16)
+    features = features.contiguous(memory_format=torch.channels_last)
+    offset = torch.randn(batch, 2 * channels, generator=random).to(torch.bfloat16)
     h = torch.randn(shape, generator=random).to(torch.bfloat16) if carried else None
     weight = torch.randn(channels, channels, 3, 3, generator=random) / (3 * channels**0.5)
     gradient = torch.randn(shape, generator=random).to(torch.bfloat16)
-    return [h, both[:, :channels], torch.sigmoid(both[:, channels:]), weight], gradient
+    return [h, features, offset, weight], gradient
 
 
 def error(x, y):
@@ -61,10 +68,11 @@ def error(x, y):
         ((1, 32, 28, 28), 1, True),
     ],
 )
-def test_output_and_gradients_are_those_of_double_precision_within_bf16(shape, num_steps, carried):
+@pytest.mark.parametrize("solver", STEP_SHARE)
+def test_output_and_gradients_are_those_of_double_precision_within_bf16(shape, num_steps, carried, solver):
     tensors, gradient = inputs(shape, carried=carried)
-    exact = with_gradients(by_torch, [x if x is None else x.double() for x in tensors], gradient, num_steps)
-    found = with_gradients(liquid_kernel.integrate, tensors, gradient, num_steps)
+    exact = with_gradients(by_torch, [x if x is None else x.double() for x in tensors], gradient, num_steps, solver)
+    found = with_gradients(liquid_kernel.integrate, tensors, gradient, num_steps, solver)
     for name in NAMES:
         assert (found[name] is None) == (exact[name] is None), name
         if found[name] is not None:
@@ -78,7 +86,7 @@ def test_no_less_exact_than_torch_in_bf16():
     found = with_gradients(liquid_kernel.integrate, tensors, gradient, 7)
     rounded = [x if x is None else x.to(torch.bfloat16) for x in tensors]
     torch_bf16 = with_gradients(by_torch, rounded, gradient, 7)
-    for name in ("output", "drive", "share", "weight"):
+    for name in ("output", "features", "offset", "weight"):
         assert error(found[name], exact[name]) < error(torch_bf16[name], exact[name]), name
 
 
@@ -91,7 +99,7 @@ def test_image_is_integrated_alone_and_the_same_every_time():
                             gradient[i : i + 1], 5) for i in range(3)]  # fmt: skip
     for name in NAMES:
         assert torch.equal(together[name], again[name])
-    for name in ("output", "h", "drive", "share"):
+    for name in ("output", "h", "features", "offset"):
         assert torch.equal(together[name], torch.cat([part[name] for part in alone]))
 
 
@@ -144,20 +152,20 @@ def test_it_does_not_divide_what_is_compiled():
 
 @needs_kernel
 def test_where_memory_runs_out_it_raises_memory_error():
-    (_, drive, share, weight), gradient = inputs((1, 1, 120, 120), carried=False)
-    drive.requires_grad_()
-    output = liquid_kernel.integrate(None, drive, share, weight, 3)
+    tensors, gradient = inputs((1, 1, 120, 120), carried=False)
+    features = tensors[1].requires_grad_()
+    output = liquid_kernel.integrate(*tensors, 3, "euler", DT, TAU_RANGE)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), limits[1]))
     try:
         for steps in (2000, 2001):  # each needs room of its own, more than any freed memory
             with pytest.raises(MemoryError):
-                liquid_kernel.integrate(None, drive, share, weight, steps)
+                liquid_kernel.integrate(*tensors, steps, "euler", DT, TAU_RANGE)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     output.backward(gradient)
-    assert drive.grad.isfinite().all()
+    assert features.grad.isfinite().all()
 
 
 @needs_kernel
@@ -165,18 +173,24 @@ def test_operators_keep_torchs_contract():
     tensors, _ = inputs((2, 24, 8, 8), carried=True)
     tensors = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in tensors]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.liquid.integrate.default, (*tensors, 3), test_utils=checks)
+    torch.library.opcheck(torch.ops.liquid.integrate.default, (*tensors, 3, "euler", DT, *TAU_RANGE), test_utils=checks)
 
 
-@pytest.mark.parametrize("other", [{"dtype": torch.float32}, {"channels": 33}, {"activation": "tanh"}])
-def test_other_cells_are_integrated_by_torch(monkeypatch, other):
-    """fp32, more channels than the kernel has room for, another activation."""
+@pytest.mark.parametrize(
+    "cell, options, dtype",
+    [
+        (RealLiquidCell, {}, torch.float32),
+        (RealLiquidCell, {"channels": 33}, torch.bfloat16),  # more than the kernel has room for
+        (RealLiquidCell, {"activation": "tanh"}, torch.bfloat16),
+        (RealLiquidCell, {"solver": "rk4"}, torch.bfloat16),
+        (FixedTauCell, {}, torch.bfloat16),
+        (TorchdiffeqCell, {}, torch.bfloat16),
+    ],
+)
+def test_other_cells_are_integrated_by_torch(monkeypatch, cell, options, dtype):
     monkeypatch.setattr(liquid_kernel, "available", lambda: True)
     monkeypatch.setattr(liquid_kernel, "integrate", lambda *_: pytest.fail("the kernel was called"))
-    channels, dtype = other.get("channels", 8), other.get("dtype", torch.bfloat16)
-    cell = RealLiquidCell(
-        4, channels, 8, num_steps=2, tau_range=(0.5, 4), activation=other.get("activation", "silu")
-    ).to(dtype)
+    cell = cell(4, **{"channels": 8} | options, embedding_dim=8, num_steps=2, tau_range=(0.5, 4)).to(dtype)
     with torch.no_grad():
         assert cell(torch.randn(1, 4, 8, 8, dtype=dtype), torch.randn(1, 8, dtype=dtype)).isfinite().all()
 
