@@ -25,6 +25,8 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 PROCESSOR = {"amx_tile", "amx_bf16", "avx512bw", "avx512dq", "avx512_bf16"}  # what /proc/cpuinfo has to name
 MOST_CHANNELS = 32  # that the kernel has room for
 SOLVERS = ("euler", "semi-implicit", "exponential")  # in the order of the kernel's schemes
+TENSORS = "Tensor? h, Tensor features, Tensor offset, Tensor weight"  # what both operators take
+CELL = "int num_steps, str solver, float dt, float tau_min, float tau_max"
 
 
 def fits(features: Tensor) -> bool:
@@ -93,25 +95,12 @@ def integrate(
     return torch.ops.liquid.integrate(h, features, offset, weight, num_steps, solver, dt, *tau_range)
 
 
-@torch.library.custom_op("liquid::integrate", mutates_args=(), device_types="cpu")
-def _integrate(
-    h: Tensor | None,
-    features: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    num_steps: int,
-    solver: str,
-    dt: float,
-    tau_min: float,
-    tau_max: float,
-) -> Tensor:
+@torch.library.custom_op(
+    "liquid::integrate", mutates_args=(), device_types="cpu", schema=f"({TENSORS}, {CELL}) -> Tensor"
+)
+def _integrate(h, features, offset, weight, *cell):
     output = _like(features, halved=True)
-    _run(
-        "forward",
-        output.shape,
-        (num_steps, solver, dt, tau_min, tau_max),
-        [*_read(h, features, offset, weight), output],
-    )
+    _run("forward", output.shape, cell, [*_read(h, features, offset, weight), output])
     return output
 
 
@@ -120,23 +109,17 @@ def _(h, features, *_):
     return _like(features, halved=True)
 
 
-@torch.library.custom_op("liquid::integrate_backward", mutates_args=(), device_types="cpu")
-def _integrate_backward(
-    gradient: Tensor,
-    h: Tensor | None,
-    features: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    num_steps: int,
-    solver: str,
-    dt: float,
-    tau_min: float,
-    tau_max: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "liquid::integrate_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor gradient, {TENSORS}, {CELL}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _integrate_backward(gradient, h, features, offset, weight, *cell):
     """The gradients of h (empty if it is None), features, offset and weight."""
     of_h, *others = gradients = _gradients(h, features, offset, weight)
-    tensors = [_pixels(gradient), *_read(h, features, offset, weight), None if h is None else of_h, *others]
-    _run("backward", gradient.shape, (num_steps, solver, dt, tau_min, tau_max), tensors)
+    read = [_pixels(gradient), *_read(h, features, offset, weight)]
+    _run("backward", gradient.shape, cell, [*read, None if h is None else of_h, *others])
     return gradients
 
 
