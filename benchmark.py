@@ -1,15 +1,16 @@
-"""Speed, side by side and in one run: the models, what a user would otherwise pick, and the limit of this machine.
+"""Measure speed in one run: the models, the libraries one would otherwise use, and what this machine could do at most.
 
-python benchmark.py                                   # all of it
+python benchmark.py                                   # everything
 python benchmark.py --device cuda --batch-size 512
 python benchmark.py --sections peers floor --no-compile
 
-No data set is needed: the images are random. Whatever is compared takes turns in rounds after a warm-up, and the
-median round counts; every model and cell is measured in fp32 and bf16, as written and compiled, and stands with what
-is best for it. Leave the machine alone meanwhile. `benchmark.json` has every round, `benchmark.md` the table.
+No data set is needed, since the images are random. After a warm-up, whatever is compared takes turns in rounds, and the
+median round counts. Every model and cell is timed in each precision that the processor has, as written and compiled,
+and reported with its fastest variant. Do nothing else on the machine meanwhile. `benchmark.json` has every round,
+`benchmark.md` the table.
 """
 
-import interrupted_import  # noqa: F401  # isort: skip
+from runtime import interrupted_import  # noqa: F401  # isort: skip
 
 import argparse
 import importlib.metadata
@@ -20,37 +21,36 @@ from pathlib import Path
 
 import torch
 
-from benchmark_report import markdown, save_plot
-from benchmark_sections import NEED_TRAIN, SECTIONS, Bench, Variant
-from checkpoint import atomic_path, check_writable, make_folder, save_json
-from command_line import Parser, integer, number, run
-from errors import UserError
-from hardware import DEVICES, choose_device, has_bf16, keep_freed_memory, out_of_memory_named
-from speed import machine_name
+from lab.benchmark.report import markdown, save_plot
+from lab.benchmark.sections import NEED_TRAIN, SECTIONS, Bench, Variant
+from runtime.command_line import Parser, integer, number, run
+from runtime.errors import UserError
+from runtime.files import check_writable, make_folder, save_json, save_text
+from runtime.hardware import DEVICES, choose_device, has_bf16, keep_freed_memory, machine_name, out_of_memory_named
 
 PACKAGES = ("diffusers", "torchdiffeq", "ncps")
 
 
 def parser() -> Parser:
     """All flags."""
-    p = Parser(prog="benchmark.py", description="Measure speed against peers and against the limit of this machine.")
-    p.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu")
-    p.add_argument("--batch-size", type=integer(1, 10**6), default=64, help="images a training step")
-    p.add_argument("--image-size", type=integer(8, 4096), default=32, help="side of the images, a multiple of 8")
-    p.add_argument(
-        "--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION",
-        help=f"what to measure: {', '.join(SECTIONS)}; {', '.join(sorted(NEED_TRAIN))} need and bring train",
-    )  # fmt: skip
-    p.add_argument(
-        "--seconds", type=number("greater than 0", lambda v: v > 0), default=1.0, help="of a round of a measurement"
-    )
-    p.add_argument("--no-compile", action="store_true", help="leave out torch.compile, a minute a model and precision")
-    p.add_argument("--output-dir", default="benchmarks", help="where benchmark.json, .md and .png are written")
+    p = Parser(prog="benchmark.py", description="Measure speed against other libraries and the limit of this machine.")
+    add = p.add_argument
+    # fmt: off
+    add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one, else mps, else cpu")
+    add("--batch-size", type=integer(1, 10**6), default=64, help="images per training step")
+    add("--image-size", type=integer(8, 4096), default=32, help="side of the images in pixels, a multiple of 8")
+    add("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION",
+        help=f"what to measure: {', '.join(SECTIONS)}; {', '.join(sorted(NEED_TRAIN))} also run train first")
+    add("--seconds", type=number("greater than 0", lambda v: v > 0), default=1.0, help="seconds per timing round")
+    add("--no-compile", action="store_true",
+        help="leave out torch.compile, which takes a minute per model and precision")
+    add("--output-dir", default="benchmarks", help="where benchmark.json, .md and .png are written")
+    # fmt: on
     return p
 
 
 def conditions(s: argparse.Namespace, device: torch.device) -> dict:
-    """What a reader has to know to compare with figures of their own."""
+    """What readers have to know to compare the figures with their own."""
     return {
         "machine": machine_name(device),
         "device": device.type,
@@ -62,8 +62,8 @@ def conditions(s: argparse.Namespace, device: torch.device) -> dict:
             name: getattr(s, name) for name in ("batch_size", "image_size", "sections", "seconds", "no_compile")
         },
         "images": "random uint8",
-        "units": "seconds: of one call (a step, a sampling, a pass), the median of rounds; bytes; "
-        "multiply-adds: of a forward pass of one image where not said to be of a step",
+        "units": "seconds per call (a step, a sampling, a pass), the median of rounds; bytes; "
+        "multiply-adds per forward pass of one image unless they are said to be per step",
     }
 
 
@@ -85,7 +85,7 @@ def main() -> None:
     bench = Bench(device, s.batch_size, s.image_size, s.seconds, variants)
     make_folder(folder, "--output-dir")
     report = conditions(s, device)
-    print(f"{report['machine']}: leave it alone meanwhile", flush=True)
+    print(f"{report['machine']}: do nothing else on it meanwhile", flush=True)
     for name in s.sections:
         print(f"measuring {name}", flush=True)
         torch._dynamo.reset()
@@ -97,8 +97,7 @@ def main() -> None:
             raise KeyboardInterrupt(f"{folder / 'benchmark.json'} has {', '.join(done)}" if done else "") from None
         save_json(folder / "benchmark.json", report)
     table = markdown(report)
-    with atomic_path(folder / "benchmark.md") as temporary:
-        temporary.write_text(table, encoding="utf-8")
+    save_text(folder / "benchmark.md", table)
     save_plot(report, folder / "benchmark.png")
     print(table)
     for name in ("benchmark.json", "benchmark.md", "benchmark.png"):

@@ -3,118 +3,124 @@
 python compare.py --arms true inspired unet:38k --budget images --amount 150000 --seeds 3
 python compare.py --arms true unet:38k unet:150k --budget seconds --amount 600 --output-dir comparisons/seconds
 
-Every arm sees the same images, timesteps and noise, has the same batch size, precision, averaging of weights and
-prediction type, and the peak learning rate that is best for it in the same sweep. Seconds are images over the speed
-that was measured for each arm, in turn, before anything trained (costs.csv): a machine that is busy later, or another
-one, changes nothing. The same command goes on where an interrupted one stopped, and one with more arms or seeds adds
-to what costs.csv, comparison.csv, sweep.csv and curves.csv hold.
+All arms see the same images, timesteps and noise, and share batch size, precision, averaging of weights and prediction
+type. Each has the peak learning rate that was best for it in the same sweep. Seconds are images divided by the speed of
+the arm, which was measured in turn before anything was trained (costs.csv), so a machine that is busy later changes
+nothing. To go on after an interruption, run the same command again; with more arms or seeds it adds to the tables.
 """
 
-import interrupted_import  # noqa: F401  # isort: skip
+from runtime import interrupted_import  # noqa: F401  # isort: skip
 
 import argparse
 import json
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import atomic_path, check_writable, make_folder, run_folders, save_json
-from command_line import Parser, integer, number, run
-from comparison import Cost, Point, Result, markdown, read_rows, save_curves, save_rows
 from diffusion import PREDICTION_TYPES, SCHEDULES, DDPMScheduler, sample_images
-from errors import UserError
-from experiment import Experiment, Training, arm_config
-from hardware import DEVICES, Processes, choose_device, keep_freed_memory
-from image_data import DATASETS, ImageData, held_out_bank, load_images
-from models import ARMS, build_model, count_parameters, load_model, multiply_adds, training_multiply_adds
-from optimizer import OPTIMIZERS
-from pictures import save_labelled_rows
-from side_by_side import run_all
-from speed import machine_name, training_rates
-from train_config import BEFORE_THE_FLAG, TrainConfig
-from training import failures_named
-from training_step import WARM_UP_STEPS
-from validation import held_out_loss
-from wiener import fit_wiener
+from images.batches import held_out_bank
+from images.datasets import DATASETS, ImageData, load_images
+from images.pictures import save_labelled_rows
+from lab.comparison.experiment import Experiment, Training, arm_config
+from lab.comparison.jobs import run_all
+from lab.comparison.verdict import Cost, Point, Result, markdown, read_rows, save_curves, save_rows
+from lab.comparison.wiener import fit_wiener
+from lab.speed import training_rates
+from models import ARMS, build_model, count_parameters, multiply_adds, training_multiply_adds
+from runtime.command_line import Parser, integer, number, run, spelled
+from runtime.errors import UserError, reason, user_errors
+from runtime.files import check_writable, make_folder, save_json, save_text
+from runtime.hardware import DEVICES, choose_device, keep_freed_memory, machine_name
+from runtime.processes import Processes
+from training.checkpoint import load_model
+from training.config import BEFORE_THE_FLAG, TrainConfig
+from training.loop import failures_named
+from training.optimizer import OPTIMIZERS
+from training.run_folder import run_folders
+from training.step import WARM_UP_STEPS
+from training.validation import held_out_loss
 
 BUDGETS = ("images", "flops", "seconds")
 DRAWN = 10  # images of each arm in grid.png
-TOLERANCE = 0.01  # of the budget, within which every training has to end
+TOLERANCE = 0.01  # the fraction of the budget by which a training may miss it without a warning
 # flags that a repeated command may change
-OWN = {"arms", "seeds", "reference", "jobs", "device", "data_dir", "output_dir"}
-WARM_UPS = 10  # a sweep's steps over those of the warm-up, at least
-LARGEST_WIENER = 4096  # values an image, for which an eigendecomposition is a matter of a minute
+CHANGEABLE = {"arms", "seeds", "reference", "jobs", "device", "data_dir", "output_dir"}
+SHORTEST_SWEEP = 10 * WARM_UP_STEPS  # steps; a shorter sweep favours learning rates that are too high
+LARGEST_WIENER = 4096  # values per image; up to here the eigendecomposition takes about a minute
 
 
 def parser() -> Parser:
     """All flags."""
     default = TrainConfig()
+    positive = number("greater than 0", lambda v: v > 0)
+    fraction = number("from 0 to 1", lambda v: 0 < v <= 1)
     p = Parser(prog="compare.py", description="Train several models at equal budgets and compare them.")
-    p.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=["true", "inspired", "unet:38k"], metavar="ARM",
-        help=f"what to compare: {', '.join(ARMS)}",
-    )  # fmt: skip
-    p.add_argument("--reference", choices=list(ARMS), default="true", metavar="ARM", help="what differences are to")
-    p.add_argument(
-        "--budget", choices=BUDGETS, default="images",
-        help="what is equal; flops: multiply-adds of training; seconds: images over the speed measured at the start",
-    )  # fmt: skip
-    p.add_argument(
-        "--amount", type=number("greater than 0", lambda v: v > 0), default=150_000, help="of the budget, a training"
-    )
-    p.add_argument("--seeds", type=integer(1, 1000), default=3, help="trainings of each arm, with seeds 0, 1, ...")
-    p.add_argument("--optimizer", choices=OPTIMIZERS, default=default.optimizer, help="of all arms")
-    p.add_argument(
-        "--lrs", nargs="+", type=number("greater than 0", lambda v: v > 0), default=[4e-3, 8e-3, 16e-3],
-        metavar="LR", help="peak learning rates of the sweep; one alone is taken without a sweep",
-    )  # fmt: skip
-    p.add_argument(
-        "--sweep-share", type=number("from 0 to 1", lambda v: 0 < v <= 1), default=1.0,
-        help="of the amount, a rate of the sweep; short sweeps prefer rates that are too high for the whole amount",
-    )  # fmt: skip
-    p.add_argument(
-        "--jobs", type=integer(1, 1000), default=1,
-        help="trainings side by side, each with its part of the threads; small models train more images a second so",
-    )  # fmt: skip
-    p.add_argument("--dataset", choices=DATASETS, default=default.dataset, help="what to learn")
-    p.add_argument("--data-dir", default=default.data_dir, help="where data sets are kept; the images of `folder`")
-    p.add_argument("--image-size", type=integer(4, 4096), help="resize to this side")
-    p.add_argument("--output-dir", default="comparisons/images", help="where everything is written")
-    p.add_argument("--batch-size", type=integer(1, 10**6), default=default.batch_size, help="images a step")
-    p.add_argument("--timesteps", type=integer(2, 10**5), default=default.timesteps, help="diffusion steps T")
-    p.add_argument("--schedule", choices=SCHEDULES, default=default.schedule, help="noise schedule")
-    p.add_argument("--prediction-type", choices=PREDICTION_TYPES, default=default.prediction_type, help="of all arms")
-    p.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all arms")
-    p.add_argument("--compile", action="store_true", help="torch.compile every arm")
-    p.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu")
+    add = p.add_argument
+    # fmt: off
+    add("--arms", nargs="+", choices=list(ARMS), default=["true", "inspired", "unet:38k"], metavar="ARM",
+        help=f"the models to compare: {', '.join(ARMS)}")
+    add("--reference", choices=list(ARMS), default="true", metavar="ARM",
+        help="the arm that the others are compared with")
+    add("--budget", choices=BUDGETS, default="images",
+        help="what is equal for all arms: training images, multiply-adds of training (flops), or seconds of training "
+        "at the speeds measured at the start")
+    add("--amount", type=positive, default=150_000, help="budget per training run, in the unit of --budget")
+    add("--seeds", type=integer(1, 1000), default=3, help="training runs of each arm, with seeds 0, 1, ...")
+    add("--optimizer", choices=OPTIMIZERS, default=default.optimizer, help="optimizer of all arms")
+    add("--lrs", nargs="+", type=positive, default=[4e-3, 8e-3, 16e-3], metavar="LR",
+        help="peak learning rates to try for each arm; a single one is used without a sweep")
+    add("--sweep-share", type=fraction, default=1.0,
+        help="fraction of --amount spent on each learning rate of the sweep; short ones favour rates that are too high")
+    add("--jobs", type=integer(1, 1000), default=1,
+        help="training runs at the same time, each with its part of the threads; small models train more images per "
+        "second this way")
+    add("--dataset", choices=DATASETS, default=default.dataset, help="what to learn")
+    add("--data-dir", default=default.data_dir,
+        help="where data sets are kept; with --dataset folder, the folder of your images")
+    add("--image-size", type=integer(4, 4096),
+        help="resize images to this side in pixels (default: the set's own size; folder: 32)")
+    add("--output-dir", default="comparisons/images", help="where tables, curves and run folders are written")
+    add("--batch-size", type=integer(1, 10**6), default=default.batch_size, help="images per step")
+    add("--timesteps", type=integer(2, 10**5), default=default.timesteps, help="number of diffusion steps T")
+    add("--schedule", choices=SCHEDULES, default=default.schedule, help="noise schedule")
+    add("--prediction-type", choices=PREDICTION_TYPES, default=default.prediction_type,
+        help="what all arms predict: eps, v, or the edm mixture")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of all arms")
+    add("--compile", action="store_true", help="use torch.compile for every arm")
+    add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one, else mps, else cpu")
+    # fmt: on
     return p
 
 
 def arm_costs(s: argparse.Namespace, data: ImageData, folder: Path) -> dict[str, Cost]:
-    """What each arm costs, those of earlier commands among them: read from costs.csv, or measured now and kept there.
+    """What each arm of this and earlier commands costs: read from costs.csv, or measured now and added to it.
 
-    costs.csv says whose seconds they are; the trainings may run elsewhere. An arm that it lacks, on another machine,
-    makes all be measured again, save for a budget of seconds, which are one machine's own: that raises UserError.
+    costs.csv names the machine whose speeds it has; the training runs may be elsewhere. If an arm is missing and this
+    is another machine, all arms are measured again. With a budget of seconds that raises UserError instead, since
+    seconds belong to one machine.
     """
     device, path = choose_device(s.device), folder / "costs.csv"
-    here, costs = machine_name(device), {cost.arm: cost for cost in read_rows(Cost, path)}
+    machine, costs = machine_name(device), {cost.arm: cost for cost in read_rows(Cost, path)}
     earlier = [row.arm for name in ("sweep.csv", "comparison.csv") for row in read_rows(Result, folder / name)]
     arms = dict.fromkeys(s.arms + earlier)
     if all(arm in costs for arm in arms):
         return costs
-    elsewhere = {cost.machine for cost in costs.values()} - {here}
+    elsewhere = {cost.machine for cost in costs.values()} - {machine}
     if elsewhere and s.budget == "seconds":
-        raise UserError(f"{path}: its seconds are those of {elsewhere.pop()}, this is {here}; use another --output-dir")
+        measured = f"its speeds were measured on {elsewhere.pop()}, and this is {machine}"
+        raise UserError(f"{path}: {measured}; use another --output-dir")
     missing = {arm: arm_config(s, arm) for arm in arms if elsewhere or arm not in costs}
     print(f"measuring the speed of {', '.join(missing)}; leave the machine alone meanwhile", flush=True)
-    with failures_named(folder, Processes(device), f"--batch-size {max(1, s.batch_size // 2)}"):
+    smaller = f"--batch-size {max(1, s.batch_size // 2)}"
+    with failures_named(folder, Processes(device), smaller), user_errors("--arms"):
         rates = training_rates(missing, data, device)
     for arm, config in missing.items():
         network = build_model(config.model, **{"in_channels": data.shape[0], **config.model_config})
         forward, training = multiply_adds(network, data.shape), training_multiply_adds(network, data.shape)
-        costs[arm] = Cost(arm, count_parameters(network), forward, training, rates[arm], here)
+        costs[arm] = Cost(arm, count_parameters(network), forward, training, rates[arm], machine)
     save_rows(list(costs.values()), path)
     return costs
 
@@ -142,8 +148,7 @@ def main() -> None:
         scheduler = DDPMScheduler(s.timesteps, s.schedule, s.prediction_type)
         wiener = held_out_loss(*fit_wiener(data, scheduler), held_out_bank(data, s.timesteps))
     table = markdown(results, wiener, s.reference)
-    with atomic_path(folder / "comparison.md") as temporary:
-        temporary.write_text(table, encoding="utf-8")
+    save_text(folder / "comparison.md", table)
     save_curves(results, points, folder / "curves.png")
     drawings = drawn(experiment, results)
     if drawings:
@@ -155,7 +160,7 @@ def main() -> None:
 
 
 def drawn(experiment: Experiment, results: list[Result]) -> dict[str, torch.Tensor]:
-    """Images of every arm whose weights of seed 0 are there, all from the same noise."""
+    """Images of every arm whose weights of seed 0 are in the folder, all from the same noise."""
     images = {}
     for result in results:
         folders = run_folders(experiment.folder_of(Training(result.arm, result.lr, 0, 1)))
@@ -168,23 +173,23 @@ def drawn(experiment: Experiment, results: list[Result]) -> dict[str, torch.Tens
 
 
 def shared_settings(s: argparse.Namespace, folder: Path) -> dict:
-    """What every training of the comparison shares. Raises UserError if the folder holds another comparison."""
-    settings = {name: value for name, value in vars(s).items() if name not in OWN}
+    """The settings that all training runs share. Raises UserError if the folder holds a comparison with others."""
+    settings = {name: value for name, value in vars(s).items() if name not in CHANGEABLE}
     path = folder / "comparison.json"
     if path.exists():
         try:
             before = BEFORE_THE_FLAG | json.loads(path.read_text(encoding="utf-8"))
         except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not readable ({error})") from error
+            raise UserError(f"{path}: not readable ({reason(error)})") from error
         for name, value in settings.items():
-            if before.get(name, parser().get_default(name)) != value:  # a comparison may be from before the flag
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag}: {value} contradicts {path}: {before.get(name)}; use another --output-dir")
+            if before.get(name, parser().get_default(name)) != value:  # a comparison may be older than the flag
+                contradiction = f"{value} contradicts {path}: {before.get(name)}"
+                raise UserError(f"{spelled(name)}: {contradiction}; use another --output-dir")
     return settings
 
 
 def train_all(experiment: Experiment) -> tuple[list[Result], list[Point]]:
-    """Sweep and train every arm; all results and curves of the folder, those of earlier commands among them."""
+    """Sweep and train every arm; returns all results and curves of the folder, also those of earlier commands."""
     s, folder = experiment.settings, experiment.folder
     results, sweep, points = (
         [replace(row, seconds=row.images / experiment.costs[row.arm].images_per_second) for row in rows]
@@ -204,7 +209,7 @@ def train_all(experiment: Experiment) -> tuple[list[Result], list[Point]]:
     lrs = s.lrs if len(s.lrs) > 1 else []
     swept, trained = {(row.arm, row.lr) for row in sweep}, {(row.arm, row.seed) for row in results}
     to_sweep = [(arm, lr) for arm in s.arms for lr in lrs if (arm, lr) not in swept]
-    # seed by seed, so that an interrupted comparison has as much of every arm
+    # seed by seed, so that an interrupted comparison has got equally far with every arm
     to_train = [(arm, seed) for seed in range(s.seeds) for arm in s.arms if (arm, seed) not in trained]
     warn_of_short_sweeps(experiment, list(dict.fromkeys(arm for arm, _ in to_sweep)))
     total = sum(experiment.seconds(arm, s.sweep_share) for arm, _ in to_sweep)
@@ -215,34 +220,35 @@ def train_all(experiment: Experiment) -> tuple[list[Result], list[Point]]:
         for _, result, _ in run_all(experiment, trainings, bar, s.jobs):
             sweep.append(result)
             save(sweep, "sweep.csv")
-        best_last = sorted(sweep, key=lambda row: row.eps_mse, reverse=True)  # of an arm's rates the last one stands
-        rates = {row.arm: row.lr for row in best_last} if lrs else dict.fromkeys(s.arms, s.lrs[0])
+        rates: dict[str, Any] = dict.fromkeys(s.arms, s.lrs[0])
+        if lrs:  # of the rows of one arm the last, which is its best, is kept
+            rates = {row.arm: row.lr for row in sorted(sweep, key=lambda row: row.eps_mse, reverse=True)}
         trainings = [Training(arm, rates[arm], seed, 1) for arm, seed in to_train]
         for training, result, curve in run_all(experiment, trainings, bar, s.jobs):
             results.append(result)
             points += curve
             save(points, "curves.csv")
-            save(results, "comparison.csv")  # the last: what it has is finished
+            save(results, "comparison.csv")  # last, since what it lists counts as finished
             off = result.images / experiment.images(training.arm, 1) - 1
             if abs(off) > TOLERANCE:
-                bar.write(f"{training}: ended {off:+.1%} off its budget: a step is too large a part of it")
+                bar.write(f"{training}: missed its budget by {off:+.1%}, because one step is a large part of it")
     for rows, name in ((sweep, "sweep.csv"), (points, "curves.csv"), (results, "comparison.csv")):
-        save(rows, name)  # their seconds may be another machine's
+        save(rows, name)  # the speeds may have been measured again
     return results, points
 
 
 def warn_of_short_sweeps(experiment: Experiment, arms: list[str]) -> None:
-    """Say which arms' sweeps are so short that their rates are not those of the whole trainings.
+    """Say which arms' sweeps are so short that they may choose learning rates that are too high for the whole run.
 
-    The warm-up holds a short run below its peak rate: `unet:2.4m` was best at 4e-3 in a sweep of 441 steps and learned
-    nothing at that rate in 2,205.
+    The warm-up keeps a short run below its peak rate: `unet:2.4m` was best at 4e-3 in a sweep of 441 steps, and learned
+    nothing at that rate in 2,205 steps.
     """
-    share = experiment.settings.sweep_share
-    short = [arm for arm in arms if share < 1 and experiment.steps(arm, share) < WARM_UPS * WARM_UP_STEPS]
+    fraction = experiment.settings.sweep_share
+    short = [arm for arm in arms if fraction < 1 and experiment.steps(arm, fraction) < SHORTEST_SWEEP]
     if short:
         print(
-            f"{', '.join(short)}: over a tenth of the sweep's steps are warm-up, which hides rates that are too high "
-            "for the whole; a larger --sweep-share is surer",
+            f"{', '.join(short)}: over a tenth of the sweep's steps are warm-up, which hides learning rates that are "
+            "too high for the whole run; a larger --sweep-share is safer",
             flush=True,
         )
 

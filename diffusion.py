@@ -2,7 +2,7 @@
 
     scheduler = DDPMScheduler(num_timesteps=400)
     t = scheduler.draw_timesteps(torch.rand(8))
-    loss = scheduler.training_loss(model, x_0, t, eps)            # (8,), of which the mean is trained
+    loss = scheduler.training_loss(model, x_0, t, eps)            # (8,); training minimises the mean
     images = sample_images(model, scheduler, (3, 32, 32), 16)     # (16, 3, 32, 32) in [-1, 1]
 
 Notation of Ho et al. 2020 (DDPM): x_t = alpha_t x_0 + sigma_t eps, with alpha_t^2 = alphas_cumprod[t] and
@@ -16,29 +16,39 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
-
-SIGMA_DATA = 0.5  # the data's standard deviation as EDM assumes it (Karras et al. 2022, table 1)
+SIGMA_DATA = 0.5  # the standard deviation of the data that EDM assumes (Karras et al. 2022, table 1)
 SCHEDULES = ("linear", "cosine")
 PREDICTION_TYPES = ("eps", "v", "edm")
 
-# (x_t, t, state) -> (x_0, eps, state): what a sampler asks of a network
+# (x_t, t, state) -> (x_0, eps, state): what a sampler calls
 Denoise = Callable[[Tensor, int, object], tuple[Tensor, Tensor, object]]
 
 
-def carries_state(model: nn.Module) -> bool:
-    """Whether the model starts a denoising step from the state that the step before left."""
+class Denoiser(nn.Module):
+    """A network that a scheduler can use: model(x, t, state=None, labels=None, return_state=False).
+
+    x: (B, C, H, W), t: (B,), labels: (B,) or None -> F, shaped like x; with `return_state`, (F, state).
+    """
+
+    num_classes: int = 0  # 0: unconditional; else label `num_classes` means "no class"
+
+    def draw_steps(self, generator: torch.Generator) -> None:
+        """Called before each training step, for networks whose training is random in a way of their own."""
+
+
+def carries_state(model: Denoiser) -> bool:
+    """Whether the model starts each denoising step from the state in which the step before it ended."""
     return getattr(model, "carries_state", False)
 
 
 def linear_betas(num_timesteps: int) -> Tensor:
-    """Ho et al. 2020, section 4: 1e-4 to 0.02 at T = 1000, scaled by 1000 / T so that any T ends in noise."""
+    """Ho et al. 2020, section 4: 1e-4 to 0.02 at T = 1000, scaled by 1000 / T so that every T ends in noise."""
     scale = 1000 / num_timesteps
     return torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64).clamp(max=0.999)
 
 
 def cosine_betas(num_timesteps: int) -> Tensor:
-    """Nichol & Dhariwal 2021, eq. 17, with their s = 0.008 and betas of at most 0.999."""
+    """Nichol & Dhariwal 2021, eq. 17, with their s = 0.008 and no beta above 0.999."""
     time = torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64)
     alphas_cumprod = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
@@ -47,26 +57,26 @@ def cosine_betas(num_timesteps: int) -> Tensor:
 class DDPMScheduler:
     """The forward process q(x_t | x_0) and the meaning of a network's output F. All tables are float64.
 
-    F aims at `p_t x_0 + q_t eps`, where the prediction type fixes p and q:
+    F predicts `p_t x_0 + q_t eps`, where the prediction type decides p and q:
 
     - `eps`: p = 0, q = 1 (Ho et al. 2020, eq. 14).
     - `v`: p = -sigma, q = alpha (Salimans & Ho 2022, section 4).
     - `edm`: the preconditioning of Karras et al. 2022, eq. 7 and table 1, rewritten for the variance-preserving
-      process: with s^2 = sigma^2 + alpha^2 sigma_data^2, the network sees x_t / s, of unit variance, and
-      p = sigma / (s sigma_data), q = -alpha sigma_data / s, so that F too has unit variance at every t.
+      process: with s^2 = sigma^2 + alpha^2 sigma_data^2, the network sees x_t / s, which has unit variance, and
+      p = sigma / (s sigma_data), q = -alpha sigma_data / s, so that F has unit variance at every t, too.
 
-    Together with x_t = alpha x_0 + sigma eps that is a 2x2 system; `predict` solves it.
+    Together with x_t = alpha x_0 + sigma eps this is a 2x2 system, which `predict` solves.
 
-    Raises UserError for fewer than 2 timesteps, an unknown schedule or an unknown prediction type.
+    Raises ValueError for fewer than 2 timesteps, an unknown schedule or an unknown prediction type.
     """
 
     def __init__(self, num_timesteps: int = 400, schedule: str = "linear", prediction_type: str = "edm"):
         if num_timesteps < 2:
-            raise UserError(f"timesteps: must be at least 2, got {num_timesteps}")
+            raise ValueError(f"timesteps: must be at least 2, got {num_timesteps}")
         if schedule not in SCHEDULES:
-            raise UserError(f"schedule: must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+            raise ValueError(f"schedule: must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if prediction_type not in PREDICTION_TYPES:
-            raise UserError(f"prediction type: must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+            raise ValueError(f"prediction type: must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
         self.num_timesteps = num_timesteps
         self.schedule = schedule
         self.prediction_type = prediction_type
@@ -74,8 +84,8 @@ class DDPMScheduler:
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # (T,)
         self.alpha = self.alphas_cumprod.sqrt()
         self.sigma = (1 - self.alphas_cumprod).sqrt()
-        # Training draws a timestep about as often as a sample's gradient there is long, which gives its mean the least
-        # variance, and nearly clean ones more often. The best of ten that were measured: RESULTS.md.
+        # Training importance-samples t in proportion to the gradient's norm, which gives the mean gradient the least
+        # variance, and draws nearly clean images more often still. It is the best of ten densities (LOG.md).
         density = self.alpha.sqrt() / (0.1 + self.sigma)
         self.density = density / density.mean()
         self.cumulative = (density / density.sum()).cumsum(0)
@@ -88,7 +98,7 @@ class DDPMScheduler:
             s = (self.sigma**2 + (self.alpha * SIGMA_DATA) ** 2).sqrt()
             self.p, self.q = self.sigma / (s * SIGMA_DATA), -self.alpha * SIGMA_DATA / s
             self.input_scale = 1 / s
-        self._tables: dict[tuple, Tensor] = {}  # copies that stay where they are: CUDA graphs read them there
+        self._tables: dict[tuple, Tensor] = {}  # copies that never move, since CUDA graphs read them in place
 
     def _table(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         key = name, device, dtype
@@ -104,24 +114,24 @@ class DDPMScheduler:
         """x_t for x_0 and eps of shape (B, C, H, W) and t of shape (B,) (Ho et al. 2020, eq. 4)."""
         return self.at("alpha", t, x_0) * x_0 + self.at("sigma", t, x_0) * eps
 
-    def network_output(self, model: nn.Module, x_t: Tensor, t: Tensor, **condition) -> Tensor:
-        """F of shape (B, C, H, W), in the dtype of x_t whatever autocast made of it inside the network."""
+    def network_output(self, model: Denoiser, x_t: Tensor, t: Tensor, **condition) -> Tensor:
+        """F of shape (B, C, H, W), in the dtype of x_t even if autocast changed it inside the network."""
         return model(self.at("input_scale", t, x_t) * x_t, t, **condition).to(x_t.dtype)
 
-    def network_step(self, model: nn.Module, x_t: Tensor, t: Tensor, state: object, **condition):
-        """(F, the state that goes to the next, cleaner step). Models that carry no state are given and leave None."""
+    def network_step(self, model: Denoiser, x_t: Tensor, t: Tensor, state: object, **condition):
+        """(F, the state for the next, cleaner step); a model that carries no state ignores it and returns None."""
         if not carries_state(model):
             return self.network_output(model, x_t, t, **condition), None
         output, state = model(self.at("input_scale", t, x_t) * x_t, t, state, return_state=True, **condition)
         return output.to(x_t.dtype), state
 
     @torch.no_grad()
-    def remember(self, model: nn.Module, x_t: Tensor, t: Tensor, noise: Tensor, **condition) -> object:
-        """The state that a sampler of 50 steps would bring to x_t (B, C, H, W), for training and measuring one step.
+    def remember(self, model: Denoiser, x_t: Tensor, t: Tensor, noise: Tensor, **condition) -> object:
+        """The state in which a sampler of 50 steps would arrive at x_t (B, C, H, W), to train or measure one step.
 
-        noise: (K, B, C, H, W), standard normal, for K noisier images of the same trajectory, which the model sees from
-        the noisiest on. Each comes from the forward kernel q(x_s | x_t), s > t, with noise of its own: two noisings of
-        one x_0 with one eps would let the network solve for x_0.
+        noise: (K, B, C, H, W), standard normal, for K noisier images of the same trajectory. The model sees these one
+        by one, the noisiest first. Each comes from the forward kernel q(x_s | x_t), s > t, with fresh noise: from two
+        noisings of one x_0 with the same eps the network could solve for x_0.
         """
         stride = max(1, self.num_timesteps // 50)
         images, times = [x_t], [t]
@@ -142,54 +152,54 @@ class DDPMScheduler:
         determinant = alpha * q - sigma * p
         return (q * x_t - sigma * output) / determinant, (alpha * output - p * x_t) / determinant
 
-    def loss(self, model: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor, **condition) -> Tensor:
+    def loss(self, model: Denoiser, x_0: Tensor, t: Tensor, eps: Tensor, **condition) -> Tensor:
         """Squared error of the predicted eps, averaged over an image's values: (B,) (Ho et al. 2020, eq. 14).
 
-        It is the same whatever the prediction type: that one changes what is easy to learn, not what is measured.
+        It is the same for every prediction type, which changes what is easy to learn and not what is measured.
         """
         x_t = self.add_noise(x_0, t, eps)
         _, predicted = self.predict(self.network_output(model, x_t, t, **condition), x_t, t)
         return (predicted - eps).square().flatten(1).mean(1)
 
     def draw_timesteps(self, uniform: Tensor) -> Tensor:
-        """Timesteps (B,) to train on from numbers (B,) in [0, 1); t comes `density[t]` times as often as if evenly."""
+        """Timesteps (B,) to train on, from uniform numbers (B,) in [0, 1); t has probability `density[t] / T`."""
         t = torch.searchsorted(self._table("cumulative", uniform.device, uniform.dtype), uniform, right=True)
         return t.clamp(max=self.num_timesteps - 1)
 
-    def training_loss(self, model: nn.Module, x_0: Tensor, t: Tensor, eps: Tensor, **condition) -> Tensor:
-        """The loss (B,) of timesteps drawn by `draw_timesteps`, whose mean is that of `loss` over all t evenly.
+    def training_loss(self, model: Denoiser, x_0: Tensor, t: Tensor, eps: Tensor, **condition) -> Tensor:
+        """The loss (B,) at timesteps drawn by `draw_timesteps`; its expectation is the mean of `loss` over all t.
 
-        L_t / (T p_t), the importance sampling of Nichol & Dhariwal 2021, eq. 18.
+        It is L_t / (T p_t), the importance sampling of Nichol & Dhariwal 2021, eq. 18.
         """
         loss = self.loss(model, x_0, t, eps, **condition)
         return loss / self.at("density", t, loss)
 
     def level(self, t: int) -> tuple[float, float]:
-        """(alpha_t, sigma_t) of one timestep in double precision; (1, 0) for t = -1, the clean image."""
+        """(alpha_t, sigma_t) of one timestep, in double precision; (1, 0) for t = -1, the clean image."""
         return (1.0, 0.0) if t < 0 else (self.alpha[t].item(), self.sigma[t].item())
 
     def timesteps(self, num_steps: int) -> list[int]:
         """num_steps + 1 timesteps, evenly spaced from T - 1 down to -1.
 
-        Raises UserError unless 1 <= num_steps <= T.
+        Raises ValueError unless 1 <= num_steps <= T.
         """
         if not 1 <= num_steps <= self.num_timesteps:
-            raise UserError(f"steps: must be from 1 to the model's {self.num_timesteps} timesteps, got {num_steps}")
+            raise ValueError(f"steps: must be from 1 to the model's {self.num_timesteps} timesteps, got {num_steps}")
         return [round(self.num_timesteps * (1 - i / num_steps)) - 1 for i in range(num_steps + 1)]
 
 
 def denoiser(
-    model: nn.Module,
+    model: Denoiser,
     scheduler: DDPMScheduler,
     *,
     clip: bool = True,
     labels: Tensor | None = None,
     guidance: float = 1.0,
 ) -> Denoise:
-    """The function that a sampler calls. x_0 is clipped to [-1, 1] and eps then follows from it, so both agree.
+    """The function that a sampler calls. x_0 is clipped to [-1, 1], and eps is computed from it so that both agree.
 
-    labels: (B,) classes, or None for a model without classes. guidance: F_uncond + guidance (F_cond - F_uncond),
-    classifier-free guidance (Ho & Salimans 2022, eq. 6, where guidance = 1 + w); 1 is the conditional model itself.
+    labels: (B,) classes, or None for a model without classes. guidance: classifier-free guidance, F_uncond + guidance
+    (F_cond - F_uncond) (Ho & Salimans 2022, eq. 6, where guidance = 1 + w); 1 is the conditional model itself.
     """
 
     def denoise(x: Tensor, t: int, state: object) -> tuple[Tensor, Tensor, object]:
@@ -198,7 +208,9 @@ def denoiser(
             condition = {} if labels is None else {"labels": labels}
             output, state = scheduler.network_step(model, x, times, state, **condition)
         else:
-            both = torch.cat([labels, torch.full_like(labels, model.num_classes)])  # the class behind the last: none
+            both = torch.cat(
+                [labels, torch.full_like(labels, model.num_classes)]
+            )  # the label after the last class means none
             doubled = torch.cat([x, x]), torch.cat([times, times])
             output, state = scheduler.network_step(model, *doubled, state, labels=both)
             conditional, unconditional = output.chunk(2)
@@ -218,7 +230,7 @@ def ddpm(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Ancestral sampling with the posterior's own variance (Ho et al. 2020, eq. 6 and 7), from t to any s < t.
 
-    x: (B, C, H, W) at timesteps[0]; noise() draws another one like it. Yields (s, x_s, x_0) after each step.
+    x: (B, C, H, W) at timesteps[0]; noise() returns fresh noise of its shape. Yields (s, x_s, x_0) after each step.
     """
     state = None
     for t, s in pairwise(timesteps):
@@ -277,14 +289,14 @@ SAMPLERS = ("ddpm", "ddim", "dpmpp")
 
 
 def image_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Callable[[], Tensor]:
-    """A source of standard normal noise (len(seeds), *shape), each image from a CPU generator of its own seed."""
+    """A source of standard normal noise (len(seeds), *shape); each image has a CPU generator with its own seed."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda: torch.stack([torch.randn(*shape, generator=g) for g in generators]).to(device)
 
 
 @torch.no_grad()
 def sample_images(
-    model: nn.Module,
+    model: Denoiser,
     scheduler: DDPMScheduler,
     shape: Sequence[int],
     num_images: int,
@@ -296,16 +308,16 @@ def sample_images(
     batch_size: int = 64,
     labels: Tensor | None = None,
     guidance: float = 1.0,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    on_step: Callable[[int, Tensor], object] | None = None,
 ) -> Tensor:
-    """Draw images: (num_images, *shape) in [-1, 1], on the CPU. Image i follows from `seed + i` alone.
+    """Draw images: (num_images, *shape) in [-1, 1], on the CPU. Image i depends on `seed + i`, not on the batch size.
 
     shape: (C, H, W). labels: (num_images,) classes or None. on_step(step, x_0 (b, C, H, W)) is called after each
-    denoising step of each batch; steps count from 0. Raises UserError for an unknown sampler or a number of steps
-    that `DDPMScheduler.timesteps` refuses.
+    denoising step of each batch; steps count from 0. Raises ValueError for an unknown sampler or a number of steps that
+    `DDPMScheduler.timesteps` refuses.
     """
     if sampler not in SAMPLERS:
-        raise UserError(f"sampler: must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        raise ValueError(f"sampler: must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     timesteps = scheduler.timesteps(steps)
     device = next(model.parameters()).device
     images = []
@@ -314,7 +326,7 @@ def sample_images(
         noise = image_noise(range(seed + first, seed + last), shape, device)
         batch_labels = None if labels is None else labels[first:last].to(device)
         denoise = denoiser(model, scheduler, labels=batch_labels, guidance=guidance)
-        x = noise()  # sigma of the last timestep is 1 to four digits
+        x = noise()  # at the last timestep sigma is 1 to four digits
         if sampler == "ddpm":
             trajectory = ddpm(scheduler, denoise, x, timesteps, noise=noise)
         elif sampler == "ddim":

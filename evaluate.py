@@ -1,17 +1,17 @@
-"""Measure one trained model: print a table and write `evaluation.json`, everything labelled, into the run's folder.
+"""Measure one trained model: print a table, and write `evaluation.json`, with units, into the run's folder.
 
 python evaluate.py --checkpoint runs/00003-true-cifar10
 python evaluate.py --checkpoint RUN --num-images 2000 --fid
 python evaluate.py --checkpoint model.safetensors --dataset folder --data-dir IMAGES --output figures.json
 
-Held-out eps-MSE on the frozen bank, overall and by noise level; the variational bound in bits/dim (likelihood.py);
-sliced Wasserstein distance of samples from held-out images, beside that of training images (sliced_wasserstein.py);
-the training images nearest to 16 samples, as a picture (neighbours.py); speed; on request FID and KID, and the held-out
-eps-MSE of a liquid model with every ODE solver (ode_work.py). What could not be measured is null in the file, with the
-reason.
+It measures the held-out eps-MSE on the frozen bank, overall and by noise level; the variational bound in bits/dim; the
+sliced Wasserstein distance of samples from held-out images, beside that of training images; the training images nearest
+to 16 samples, as a picture; speed; and, on request, FID and KID, and the held-out eps-MSE of a liquid model with every
+ODE solver. A figure that could not be measured is null in the file, with the reason. Each measure has a file in
+lab/evaluation.
 """
 
-import interrupted_import  # noqa: F401  # isort: skip
+from runtime import interrupted_import  # noqa: F401  # isort: skip
 
 import hashlib
 from argparse import Namespace
@@ -19,44 +19,45 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CONFIG_FILE, MODEL_FILE, output_file, read_config, save_json
-from command_line import Parser, integer, run
 from diffusion import SAMPLERS
-from errors import RunFailed, UserError
-from evaluation import SHOWN, Report, by_solver, evaluate, subject
-from evaluation_report import table
-from hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_named
-from image_data import DATASETS, ImageData, held_out_bank, load_images
-from inception_distances import MissingWeights, inception_weights, require_torch_fidelity
-from models import load_model
-from ode_work import require_ode, save_ode_work
-from pictures import save_grid
+from images.batches import held_out_bank
+from images.datasets import DATASETS, ImageData, load_images
+from images.pictures import save_grid
+from lab.evaluation.inception import MissingWeights, inception_weights, require_torch_fidelity
+from lab.evaluation.measures import SHOWN, Report, by_solver, evaluate, subject
+from lab.evaluation.ode_work import save_ode_work, with_ode
+from lab.evaluation.table import table
+from runtime.command_line import Parser, integer, run
+from runtime.errors import RunFailed, UserError, reason, user_errors
+from runtime.files import output_file, save_json
+from runtime.hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_named
+from training.checkpoint import load_model
+from training.run_folder import CONFIG_FILE, MODEL_FILE, read_config
 
 
 def parser() -> Parser:
     """All flags."""
     p = Parser(prog="evaluate.py", description="Measure one trained model.")
-    p.add_argument("--checkpoint", required=True, help="a run folder or a model.safetensors")
-    p.add_argument("--dataset", choices=DATASETS, help="what to measure on (default: what the model was trained on)")
-    p.add_argument("--data-dir", help="where the data set is (default: where the run's config.json says, else data)")
-    p.add_argument("--num-images", type=integer(SHOWN, 10**6), default=10_000, help="how many to draw")
-    p.add_argument(
-        "--bound-images", type=integer(2, 10**6), default=2000, help="held-out images of the variational bound"
-    )
-    p.add_argument("--sampler", choices=SAMPLERS, default="dpmpp", help="how to go from noise to image")
-    p.add_argument(
-        "--steps", type=integer(1), help="network calls an image (default: 50, or all timesteps of a model with fewer)"
-    )
-    p.add_argument("--seed", type=integer(0), default=0, help="image i follows from seed + i; and all other choices")
-    p.add_argument("--batch-size", type=integer(1, 10**6), default=64, help="images at once")
-    p.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu")
-    p.add_argument("--fid", action="store_true", help="FID and KID against all training images; hours on a CPU")
-    p.add_argument(
-        "--ode-work",
-        action="store_true",
-        help="the eps-MSE of a true liquid model by ODE solver and steps, with a plot",
-    )
-    p.add_argument("--output", metavar="JSON", help="(default: evaluation.json in the run folder, or beside the file)")
+    add = p.add_argument
+    # fmt: off
+    add("--checkpoint", required=True, help="a run folder or a model.safetensors")
+    add("--dataset", choices=DATASETS, help="what to measure on (default: what the model was trained on)")
+    add("--data-dir", help="where the data set is (default: where the run's config.json says, else data)")
+    add("--num-images", type=integer(SHOWN, 10**6), default=10_000, help="how many images to draw")
+    add("--bound-images", type=integer(2, 10**6), default=2000,
+        help="how many held-out images the variational bound is computed for")
+    add("--sampler", choices=SAMPLERS, default="dpmpp", help="how to get from noise to an image")
+    add("--steps", type=integer(1),
+        help="network calls per image (default: 50, or all timesteps of a model that has fewer)")
+    add("--seed", type=integer(0), default=0, help="image i is drawn from the noise of seed + i; also seeds the rest")
+    add("--batch-size", type=integer(1, 10**6), default=64, help="images per network call")
+    add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one, else mps, else cpu")
+    add("--fid", action="store_true", help="also compute FID and KID against all training images: hours on a CPU")
+    add("--ode-work", action="store_true",
+        help="also measure the eps-MSE of a true liquid model for every ODE solver and number of steps, with a plot")
+    add("--output", metavar="JSON",
+        help="where the figures are written (default: evaluation.json in the run folder, or beside the file)")
+    # fmt: on
     return p
 
 
@@ -70,8 +71,10 @@ def main() -> None:
     checkpoint = Path(args.checkpoint)
     weights = checkpoint / MODEL_FILE if checkpoint.is_dir() else checkpoint
     model, scheduler, config = load_model(checkpoint)
+    liquid = None
     if args.ode_work:
-        require_ode(model, config["model"])
+        with user_errors("--ode-work"):
+            liquid = with_ode(model, config["model"])
     args.steps = args.steps or min(50, scheduler.num_timesteps)
     if args.steps > scheduler.num_timesteps:
         raise UserError(f"--steps: must be at most the model's {scheduler.num_timesteps} timesteps, got {args.steps}")
@@ -80,7 +83,7 @@ def main() -> None:
     args.dataset, args.data_dir, image_size, skip = data_source(args, config, run_folder)
     data = load_images(args.dataset, args.data_dir, image_size, skip_bad_images=skip)
     check_fit(data, config)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     about = subject(model, scheduler, data)
     print(description(config["model"], about))
     inception = inception_or_reason(args.fid)
@@ -98,8 +101,8 @@ def main() -> None:
                 batch_size=args.batch_size,
                 inception=inception,
             )
-            if args.ode_work:
-                figures["ode_work"] = by_solver(model, scheduler, held_out_bank(data, scheduler.num_timesteps))
+            if liquid is not None:
+                figures["ode_work"] = by_solver(liquid, scheduler, held_out_bank(data, scheduler.num_timesteps))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written") from None
     figures["nearest_training_images"]["picture"] = picture.name
@@ -121,7 +124,7 @@ def main() -> None:
             save_ode_work(figures["ode_work"]["points"], pictures[-1])
         save_json(output, report)
     except OSError as error:
-        raise RunFailed(f"cannot write {error.filename or output} ({error.strerror})") from error
+        raise RunFailed(f"cannot write {error.filename or output} ({reason(error)})") from error
     print(*pictures, output, sep="\n")
 
 
@@ -134,11 +137,8 @@ def folder_of_run(checkpoint: Path) -> Path | None:
 
 def output_paths(output: str | None, checkpoint: Path, run_folder: Path | None) -> tuple[Path, Path]:
     """Where the JSON and the picture will be written. Raises UserError, naming --output, if they cannot be."""
-    if output is None and run_folder is not None:
-        output = run_folder / "evaluation.json"
-    elif output is None:
-        output = checkpoint.with_name(f"{checkpoint.stem}-evaluation.json")
-    path = output_file(output, "--output", ".json")
+    beside = checkpoint.with_name(f"{checkpoint.stem}-evaluation.json")
+    path = output_file(output or (run_folder / "evaluation.json" if run_folder else beside), "--output", ".json")
     return path, path.with_name(f"{path.stem}-neighbours.png")
 
 
@@ -163,22 +163,22 @@ def data_source(args: Namespace, config: dict, run_folder: Path | None) -> tuple
 
 
 def check_fit(data: ImageData, config: dict) -> None:
-    """Raises UserError, naming both, if the data's shape or classes are not the model's."""
-    for what, here, wanted in (
+    """Raise UserError, naming both, if the shape or the classes of the data are not those of the model."""
+    for what, found, wanted in (
         ("images", data.shape, tuple(config["shape"])),
         ("classes", data.classes, tuple(config["classes"])),
     ):
-        if here != wanted:
-            listed = [f"{', '.join(map(str, values[:12]))}{', ...' * (len(values) > 12)}" for values in (here, wanted)]
+        if found != wanted:
+            listed = [f"{', '.join(map(str, values[:12]))}{', ...' * (len(values) > 12)}" for values in (found, wanted)]
             raise UserError(f"--data-dir: {data.name} has {what} ({listed[0]}), the model has ({listed[1]})")
 
 
 def description(name: str, about: Report) -> str:
-    """What is about to be measured, a line each."""
+    """What is about to be measured, in a few lines."""
     data = about["data"]
     threads = f", {about['threads']} threads" if about["device"] == "cpu" else ""
     held_out = f"{data['held_out_images']:,} held out"
-    macs = f"{about['multiply_adds']['value']:,} multiply-adds a forward pass"
+    macs = f"{about['multiply_adds']['value']:,} multiply-adds per forward pass"
     shape = "x".join(map(str, data["shape"]))
     return "\n".join(
         [
@@ -190,9 +190,9 @@ def description(name: str, about: Report) -> str:
 
 
 def inception_or_reason(wanted: bool) -> Path | str:
-    """The Inception network's weights, or why there are none: said before an hour's sampling and not after it."""
+    """The weights of the Inception network, or why there are none, which is said before an hour of sampling."""
     if not wanted:
-        return "not asked for; --fid"
+        return "not asked for (--fid)"
     try:
         return inception_weights()
     except MissingWeights as reason:

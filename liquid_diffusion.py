@@ -2,52 +2,54 @@
 
     tau(x, t) * dh/dt = -h + f(W_rec * h + W_in * x + W_t e(t))            (`*` is a 2-D convolution)
 
-`RealLiquidCell` integrates one such equation, `SpatialLiquidProcessor` couples three of them (slow and coarse to
-fast and fine), `TrueLiquidDiffusionModel` makes a diffusion denoiser of it. The equation is that of liquid
-time-constant networks (Hasani et al. 2021, eq. 1 and 2) with a convolutional, spatially resolved state.
+`RealLiquidCell` integrates one such equation, `SpatialLiquidProcessor` couples three of them (from slow and coarse to
+fast and fine), and `TrueLiquidDiffusionModel` makes a diffusion denoiser of the three. The equation is that of liquid
+time-constant networks (Hasani et al. 2021, eq. 1 and 2), with a convolutional state that keeps its place in the image.
 """
 
+import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import liquid_kernel
-from errors import UserError
+from diffusion import Denoiser
+from kernels import liquid_kernel
 
-# One step of size a = dt / tau moves the state by the share g(a) of its way to f: h <- h + g(a) (f - h).
-STEP_SHARE = {
+# One step of size a = dt / tau moves the state by the fraction g(a) of its way to f: h <- h + g(a) (f - h).
+STEP_FRACTION: dict[str, Callable[[Tensor], Tensor]] = {
     "euler": lambda a: a,  # explicit; a bounded f bounds h only while a <= 1
     "semi-implicit": lambda a: a / (1 + a),  # the fused solver of Hasani et al. 2021, algorithm 1
-    "exponential": lambda a: -torch.expm1(-a),  # exact for a frozen f
+    "exponential": lambda a: -torch.expm1(-a),  # exact if f does not change during the step
 }
-ODEINT_SOLVERS = ("midpoint", "rk4", "dopri5")  # torchdiffeq's, on the same cell, meant for sampling
-SOLVERS = (*STEP_SHARE, *ODEINT_SOLVERS)
-ACTIVATIONS = {"silu": F.silu, "tanh": torch.tanh}  # only tanh bounds the state
+ODEINT_SOLVERS = ("midpoint", "rk4", "dopri5")  # torchdiffeq's solvers on the same cell, meant for sampling
+SOLVERS = (*STEP_FRACTION, *ODEINT_SOLVERS)
+ACTIVATIONS = {"silu": F.silu, "tanh": torch.tanh}  # only tanh keeps the state bounded
 
-SPEEDS = ("global", "local", "detail")  # slow to fast, coarse to fine
-# The bounds of tau, in units of a horizon of 2. With 3, 5 and 7 steps each tau_min keeps Euler's dt / tau under 1.
+# The bounds of each cell's tau, for a horizon of 2. With 3, 5 and 7 steps, tau_min keeps Euler's dt / tau below 1.
 TAU_RANGE = {"global": (0.7, 4.0), "local": (0.45, 4.0), "detail": (0.3, 4.0)}
 
-# With random steps: the shares of a model's numbers of steps that training draws from, and how often each comes. Four
-# times as many are nearly the equation itself: without them rk4 and dopri5 lead elsewhere than training did.
-ODE_STEP_SHARES = {0.5: 0.2, 1: 0.4, 2: 0.2, 4: 0.2}
+# With random steps, each training step draws {multiple of the usual ODE steps: probability}. Four times the steps come
+# close to the equation's exact solution; without them rk4 and dopri5 drift away from what was trained.
+STEP_MULTIPLES = {0.5: 0.2, 1: 0.4, 2: 0.2, 4: 0.2}
 
 State = tuple[Tensor, Tensor, Tensor]  # h of the global, local and detail cell
 
 
-def scaled_steps(ode_steps: Sequence[int], share: float) -> list[int]:
-    """A share of some numbers of ODE steps; a share of a step is rounded up."""
-    return [math.ceil(share * steps) for steps in ode_steps]
+def scaled_steps(ode_steps: Sequence[int], multiple: float) -> list[int]:
+    """Each number of ODE steps times `multiple`, rounded up."""
+    return [math.ceil(multiple * steps) for steps in ode_steps]
 
 
 class TimeEmbedding(nn.Module):
     """Sinusoids of the timestep (Vaswani et al. 2017, section 3.5) through two linear layers, plus a class vector.
 
-    forward(t (B,), labels (B,) or None) -> (B, dim). Class `num_classes` means "no class" and is what None gives.
+    forward(t (B,), labels (B,) or None) -> (B, dim). Label `num_classes` means "no class", and so does None.
     """
+
+    frequencies: Tensor
 
     def __init__(self, dim: int, num_classes: int = 0):
         super().__init__()
@@ -66,18 +68,18 @@ class TimeEmbedding(nn.Module):
 
 
 class InputConv(nn.Module):
-    """Layer normalisation (over C, H, W), then a depthwise-separable 3x3 convolution, the `W_in` of a cell.
+    """Layer normalisation (over C, H, W), then a depthwise-separable 3x3 convolution: the `W_in` of a cell.
 
     forward(x (B, in_channels, H, W)) -> (B, out_channels, H, W).
     """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.norm = nn.GroupNorm(1, in_channels, affine=False)  # an affine map would only repeat the next layer's
+        self.norm = nn.GroupNorm(1, in_channels, affine=False)  # the next layer is affine already
         self.depthwise = nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels)
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
         with torch.no_grad():
-            self.depthwise.weight[:, :, 1, 1] += 1  # starts near the identity
+            self.depthwise.weight[:, :, 1, 1] += 1  # start near the identity
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pointwise(self.depthwise(self.norm(x)))
@@ -86,11 +88,11 @@ class InputConv(nn.Module):
 class RealLiquidCell(nn.Module):
     """A convolutional liquid cell: integrates the ODE above over `horizon` in `num_steps` steps.
 
-    The drive `W_in x + W_t e` and tau are computed once a call; each step recomputes `W_rec * h` alone.
-    tau = tau_min + (tau_max - tau_min) sigmoid(...), per pixel and per channel, in the units of the horizon.
+    The drive `W_in x + W_t e` and tau are computed once per call; each step recomputes only `W_rec * h`.
+    tau = tau_min + (tau_max - tau_min) sigmoid(...), for each pixel and channel, in the same unit as the horizon.
 
-    Raises UserError for an unknown solver or activation, a number of steps under 1, or a tau range that is not
-    0 < tau_min < tau_max.
+    Raises ValueError for an unknown solver or activation, fewer than 1 step, or a tau range that is not
+    0 < tau_min < tau_max; ImportError for a solver of torchdiffeq where that is not installed.
     """
 
     def __init__(
@@ -107,31 +109,32 @@ class RealLiquidCell(nn.Module):
     ):
         super().__init__()
         if not 0 < tau_range[0] < tau_range[1]:
-            raise UserError(f"tau range: must be 0 < tau_min < tau_max, got {tau_range}")
+            raise ValueError(f"tau range: must be 0 < tau_min < tau_max, got {tau_range}")
         if activation not in ACTIVATIONS:
-            raise UserError(f"activation: must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+            raise ValueError(f"activation: must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.tau_min, self.tau_max = tau_range
         self.horizon = horizon
         self.activation = ACTIVATIONS[activation]
         self.set_solver(solver, num_steps)
-        self.input = InputConv(in_channels, 2 * channels)  # drive and tau's logit
+        self.input = InputConv(in_channels, 2 * channels)  # for the drive and for the logit of tau
         self.time = nn.Linear(embedding_dim, 2 * channels, bias=False)
         self.recurrent = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        nn.init.orthogonal_(
-            self.recurrent.weight, gain=0.8
-        )  # orthogonal rows of norm 0.8: the state starts near its drive
+        # orthogonal rows of norm 0.8: an untrained cell's state stays near its drive
+        nn.init.orthogonal_(self.recurrent.weight, gain=0.8)
 
     def set_solver(self, solver: str, num_steps: int) -> None:
-        """Choose how the same ODE is integrated; `dopri5` sets its own steps."""
+        """Choose how the same ODE is integrated; `dopri5` chooses its own steps."""
         if solver not in SOLVERS:
-            raise UserError(f"solver: must be one of {', '.join(SOLVERS)}, got {solver!r}")
+            raise ValueError(f"solver: must be one of {', '.join(SOLVERS)}, got {solver!r}")
         if num_steps < 1:
-            raise UserError(f"ODE steps: must be at least 1, got {num_steps}")
+            raise ValueError(f"ODE steps: must be at least 1, got {num_steps}")
+        if solver in ODEINT_SOLVERS and importlib.util.find_spec("torchdiffeq") is None:
+            raise ImportError(f"solver {solver!r}: needs torchdiffeq; pip install -r requirements-compare.txt")
         self.solver, self.num_steps = solver, num_steps
 
     @property
     def has_kernel(self) -> bool:
-        """Whether `liquid_kernel` computes the same; a cell that computes something else says no."""
+        """Whether `liquid_kernel` computes this cell's equation; variants with another equation say no."""
         return self.activation is F.silu and self.solver in liquid_kernel.SOLVERS
 
     def drive_and_tau(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,40 +146,35 @@ class RealLiquidCell(nn.Module):
         return drive, self.tau_min + (self.tau_max - self.tau_min) * torch.sigmoid(logit)
 
     def target(self, h: Tensor, drive: Tensor) -> Tensor:
-        """f(W_rec * h + drive): where the state is heading, (B, channels, H, W)."""
+        """f(W_rec * h + drive), where the state is heading: (B, channels, H, W)."""
         return self.activation(self.recurrent(h) + drive)
 
     def integrate(
         self, h: Tensor | None, drive: Tensor, tau: Tensor, horizon: float | None = None, num_steps: int | None = None
     ) -> Tensor:
-        """The state after `horizon` (the cell's own by default) from h (B, channels, H, W); None is zeros, exactly."""
+        """The state after `horizon` (the cell's own by default), starting from h (B, channels, H, W) or None, zeros."""
         horizon = self.horizon if horizon is None else horizon
         num_steps = self.num_steps if num_steps is None else num_steps
         if self.solver in ODEINT_SOLVERS:
-            h = torch.zeros_like(drive) if h is None else h
-            return self._odeint(h, drive, tau, horizon, num_steps)
-        share = STEP_SHARE[self.solver](horizon / num_steps / tau).to(
-            drive.dtype
-        )  # on CUDA autocast divides in float32
-        for _ in range(num_steps):
-            # the first step from zeros needs no convolution: W_rec * 0 = 0
-            h = share * self.activation(drive) if h is None else torch.lerp(h, self.target(h, drive), share)
-        return h
+            return self._odeint(torch.zeros_like(drive) if h is None else h, drive, tau, horizon, num_steps)
+        fraction = STEP_FRACTION[self.solver](horizon / num_steps / tau)
+        fraction = fraction.to(drive.dtype)  # on CUDA, autocast divides in float32
+        # the first step from zeros needs no convolution: W_rec * 0 = 0
+        state = fraction * self.activation(drive) if h is None else h
+        for _ in range(num_steps - (h is None)):
+            state = torch.lerp(state, self.target(state, drive), fraction)
+        return state
 
     def _odeint(self, h: Tensor, drive: Tensor, tau: Tensor, horizon: float, num_steps: int) -> Tensor:
-        try:
-            from torchdiffeq import odeint
-        except ImportError:
-            raise UserError(
-                f"solver {self.solver!r}: needs torchdiffeq; pip install -r requirements-compare.txt"
-            ) from None
+        from torchdiffeq import odeint
+
         adaptive = self.solver == "dopri5"
         times = torch.linspace(0, horizon, 2 if adaptive else num_steps + 1, dtype=h.dtype, device=h.device)
 
         def derivative(_: Tensor, h: Tensor) -> Tensor:
             return (self.target(h, drive) - h) / tau
 
-        return odeint(derivative, h, times, method=self.solver, rtol=1e-5, atol=1e-5)[-1]
+        return odeint(derivative, h, times, method=self.solver, rtol=1e-5, atol=1e-5)[-1]  # pyright: ignore[reportReturnType]
 
     def forward(self, x: Tensor, embedding: Tensor, h: Tensor | None = None) -> Tensor:
         """x (B, in_channels, H, W), embedding (B, embedding_dim), h (B, channels, H, W) -> the new h."""
@@ -190,14 +188,14 @@ class RealLiquidCell(nn.Module):
 class SpatialLiquidProcessor(nn.Module):
     """Three coupled liquid cells over one horizon: global (slow, 1/4 resolution), local (medium, 1/2), detail (fast).
 
-    The slow cell goes first, and each cell reads its scale's features beside what the slower one found.
+    The slow cell runs first, and each cell reads the features of its scale together with the slower cell's state.
     forward(x (B, C0, H, W), embedding, state) -> state, a tuple (global, local, detail) of shapes
     (B, C2, H/4, W/4), (B, C1, H/2, W/2), (B, C0, H, W), where channels = (C0, C1, C2).
 
-    Raises UserError for a solver, activation or number of steps that `RealLiquidCell` refuses.
+    Raises what `RealLiquidCell` raises.
     """
 
-    cell_type = RealLiquidCell  # ablations have others
+    cell_type = RealLiquidCell  # the ablations have others
 
     def __init__(
         self,
@@ -212,33 +210,33 @@ class SpatialLiquidProcessor(nn.Module):
         fine, medium, coarse = channels
         self.to_medium = nn.Conv2d(fine, medium, 1)
         self.to_coarse = nn.Conv2d(medium, coarse, 1)
-        inputs = {"global": (coarse, coarse), "local": (medium + coarse, medium), "detail": (fine + medium, fine)}
-        self.cells = nn.ModuleDict(
-            {
-                name: self.cell_type(
-                    *inputs[name],
-                    embedding_dim,
-                    num_steps=num_steps,
-                    tau_range=TAU_RANGE[name],
-                    solver=solver,
-                    activation=activation,
-                )
-                for name, num_steps in zip(SPEEDS, ode_steps, strict=True)
-            }
-        )
+
+        def cell(name: str, in_channels: int, channels: int, num_steps: int) -> RealLiquidCell:
+            options = {"tau_range": TAU_RANGE[name], "solver": solver, "activation": activation}
+            return self.cell_type(in_channels, channels, embedding_dim, num_steps=num_steps, **options)
+
+        slow, middle, fast = ode_steps
+        self.global_cell = cell("global", coarse, coarse, slow)
+        self.local_cell = cell("local", medium + coarse, medium, middle)
+        self.detail_cell = cell("detail", fine + medium, fine, fast)
+
+    @property
+    def cells(self) -> dict[str, RealLiquidCell]:
+        """The cells by their names, from slow to fast."""
+        return {"global": self.global_cell, "local": self.local_cell, "detail": self.detail_cell}
 
     def forward(self, x: Tensor, embedding: Tensor, state: State | None = None) -> State:
         h_global, h_local, h_detail = state or (None, None, None)
         medium = self.to_medium(F.avg_pool2d(x, 2))
         coarse = self.to_coarse(F.avg_pool2d(medium, 2))
-        h_global = self.cells["global"](coarse, embedding, h_global)
-        h_local = self.cells["local"](torch.cat([medium, upsample(h_global)], dim=1), embedding, h_local)
-        h_detail = self.cells["detail"](torch.cat([x, upsample(h_local)], dim=1), embedding, h_detail)
+        h_global = self.global_cell(coarse, embedding, h_global)
+        h_local = self.local_cell(torch.cat([medium, upsample(h_global)], dim=1), embedding, h_local)
+        h_detail = self.detail_cell(torch.cat([x, upsample(h_local)], dim=1), embedding, h_detail)
         return h_global, h_local, h_detail
 
 
 class _Upsample(torch.autograd.Function):
-    """Its gradient is a sum over 2x2 pixels; written so, it compiles to a loop and not to one atomic add a value."""
+    """Its gradient is the sum over 2x2 pixels. Written as a pooling, it compiles to a loop without atomic additions."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -254,19 +252,19 @@ def upsample(x: Tensor) -> Tensor:
     return _Upsample.apply(x)
 
 
-class TrueLiquidDiffusionModel(nn.Module):
+class TrueLiquidDiffusionModel(Denoiser):
     """A diffusion denoiser whose work is done by three coupled liquid cells; 38 thousand parameters for RGB images.
 
-    forward(x (B, C, H, W), t (B,), state=None, labels=(B,) or None) -> (B, C, H, W), or with `return_state` a pair of
-    that and the cells' state, which may be passed to the next call; None is the state of zeros. H and W are any
-    multiples of 4. `num_classes` > 0 makes the model class-conditional; label `num_classes` means "no class".
-    `ode_steps` are those of (global, local, detail); with `random_steps` each training step draws a multiple of them
-    (`ODE_STEP_SHARES`), so that the weights learn the equation and not one way of stepping through it.
+    forward(x (B, C, H, W), t (B,), state=None, labels=(B,) or None) -> (B, C, H, W). With `return_state` it returns a
+    pair of that and the cells' state, which may be passed to the next call; state None means zeros. H and W must be
+    multiples of 4. With `num_classes` > 0 the model is class-conditional, and label `num_classes` means "no class".
+    `ode_steps` are the steps of the (global, local, detail) cells. With `random_steps` each training step uses a random
+    multiple of them (`draw_steps`), so that the weights learn the equation and not one way of stepping through it.
 
-    Raises UserError for sides that 4 does not divide and for settings that `RealLiquidCell` refuses.
+    Raises ValueError for sides that are not multiples of 4, and what `RealLiquidCell` raises.
     """
 
-    processor_type = SpatialLiquidProcessor  # ablations have others
+    processor_type = SpatialLiquidProcessor  # the ablations have others
 
     def __init__(
         self,
@@ -289,17 +287,23 @@ class TrueLiquidDiffusionModel(nn.Module):
             channels, embedding_dim, ode_steps=ode_steps, solver=solver, activation=activation
         )
         self.head = nn.Conv2d(channels[0], in_channels, 3, padding=1)
-        nn.init.zeros_(self.head.weight)  # the first prediction is the preconditioning's alone
-        nn.init.zeros_(self.head.bias)
+        for parameter in self.head.parameters():  # an untrained network leaves the prediction to the preconditioning
+            nn.init.zeros_(parameter)
 
     def set_solver(self, solver: str | None = None, ode_steps: Sequence[int] | None = None) -> None:
-        """Integrate the same ODE otherwise: another solver, other steps for (global, local, detail)."""
+        """Integrate the same ODE differently: another solver, or other steps of the (global, local, detail) cells."""
         for i, cell in enumerate(self.processor.cells.values()):
             cell.set_solver(solver or cell.solver, ode_steps[i] if ode_steps else cell.num_steps)
 
     def current_steps(self) -> tuple[int, ...]:
-        """The numbers of ODE steps that `set_solver` set last, of (global, local, detail)."""
+        """The numbers of ODE steps now set for the (global, local, detail) cells."""
         return tuple(cell.num_steps for cell in self.processor.cells.values())
+
+    def draw_steps(self, generator: torch.Generator) -> None:
+        """With `random_steps`, in training: draw the ODE steps of the next forward pass (`STEP_MULTIPLES`)."""
+        if self.random_steps and self.training:
+            drawn = torch.multinomial(torch.tensor(list(STEP_MULTIPLES.values())), 1, generator=generator)
+            self.set_solver(ode_steps=scaled_steps(self.ode_steps, list(STEP_MULTIPLES)[int(drawn)]))
 
     def forward(
         self,
@@ -311,8 +315,8 @@ class TrueLiquidDiffusionModel(nn.Module):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, State]:
         if x.shape[-1] % 4 or x.shape[-2] % 4:
-            raise UserError(f"image size: both sides must be multiples of 4, got {x.shape[-2]}x{x.shape[-1]}")
+            raise ValueError(f"image size: both sides must be multiples of 4, got {x.shape[-2]}x{x.shape[-1]}")
         features = self.stem(x)
-        state = self.processor(features, self.embedding(t, labels), state)
-        output = self.head(features + state[-1])
-        return (output, state) if return_state else output
+        after = self.processor(features, self.embedding(t, labels), state)
+        output = self.head(features + after[-1])
+        return (output, after) if return_state else output

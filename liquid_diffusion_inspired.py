@@ -1,9 +1,10 @@
 """The INSPIRED ("fake liquid") denoiser: the true model's pyramid in plain convolutions.
 
-Same stem, same three scales in the same order (coarse first; each finer one reads its own features beside what the
-coarser one found), same conditioning on time and class, same head. Where the true model integrates an ODE with one
-set of weights, this one stacks residual blocks, each with its own: no ODE, no tau, no recurrence, no state. It is the
-control of the experiment: whatever it does as well as the true model is not owed to liquid dynamics.
+It has the same stem, the same three scales in the same order (coarse first; each finer scale reads its own features
+together with the coarser result), the same conditioning on time and class, and the same head. Where the true model
+integrates an ODE with one set of weights, this one stacks residual blocks with weights of their own: it has no ODE, no
+tau, no recurrence and no state. It is the control of the experiment: whatever it does as well as the true model is not
+due to liquid dynamics.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion import Denoiser
 from liquid_diffusion import InputConv, TimeEmbedding, upsample
 
 
@@ -34,11 +36,11 @@ class ResidualBlock(nn.Module):
         return h + self.conv(F.silu(torch.addcmul(shift, self.norm(h), 1 + scale)))
 
 
-class InspiredDiffusionModel(nn.Module):
-    """A diffusion denoiser of as many parameters as `TrueLiquidDiffusionModel`, within 1 %, and called like it.
+class InspiredDiffusionModel(Denoiser):
+    """A diffusion denoiser with as many parameters as `TrueLiquidDiffusionModel` (within 1 %) and the same call.
 
-    forward(x (B, C, H, W), t (B,), labels=(B,) or None) -> (B, C, H, W); its state is None, given and returned.
-    channels: of the full, half and quarter resolution. depths: residual blocks of the quarter, half and full one.
+    forward(x (B, C, H, W), t (B,), labels=(B,) or None) -> (B, C, H, W); it takes and returns None as its state.
+    channels: at full, half and quarter resolution. depths: residual blocks at quarter, half and full resolution.
     """
 
     def __init__(
@@ -63,8 +65,8 @@ class InspiredDiffusionModel(nn.Module):
             for width, depth in zip((coarse, medium, fine), depths, strict=True)
         )
         self.head = nn.Conv2d(fine, in_channels, 3, padding=1)
-        nn.init.zeros_(self.head.weight)  # the first prediction is the preconditioning's alone
-        nn.init.zeros_(self.head.bias)
+        for parameter in self.head.parameters():  # an untrained network leaves the prediction to the preconditioning
+            nn.init.zeros_(parameter)
 
     def forward(
         self, x: Tensor, t: Tensor, state: None = None, *, labels: Tensor | None = None, return_state: bool = False

@@ -1,32 +1,33 @@
-"""Draw images from trained models into one PNG, their denoising into a GIF, and a liquid model's time constants.
+"""Draw images from trained models into a PNG, their denoising into a GIF, and a liquid model's time constants.
 
 python sample.py                                                 # from the published weights
 python sample.py --checkpoint runs/00003-true-cifar10 --num-images 64 --steps 50
 python sample.py --checkpoint RUN --classes horse,ship --guidance 2
 python sample.py --checkpoint TRUE_RUN INSPIRED_RUN --gif beside.gif     # side by side, from the same noise
-python sample.py --tau-maps tau.png                                      # where the liquid takes its time
+python sample.py --tau-maps tau.png                                      # where the liquid is slow and where it is fast
 """
 
-import interrupted_import  # noqa: F401  # isort: skip
+from runtime import interrupted_import  # noqa: F401  # isort: skip
 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import output_file
-from command_line import Parser, integer, number, run
-from diffusion import SAMPLERS, DDPMScheduler, sample_images
-from errors import RunFailed, UserError
-from hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_named
+from diffusion import SAMPLERS, DDPMScheduler, Denoiser, sample_images
+from images.pictures import save_gif, save_grid
+from lab.evaluation.tau_maps import record, save_tau_maps
 from liquid_diffusion import SOLVERS, TrueLiquidDiffusionModel
-from models import load_model
-from pictures import save_gif, save_grid
-from tau_maps import record, save_tau_maps
+from runtime.command_line import Parser, integer, number, run
+from runtime.errors import RunFailed, UserError, reason, user_errors
+from runtime.files import output_file
+from runtime.hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_named
+from training.checkpoint import load_model
 
 SHOWN = 3  # images in the maps of time constants
 PUBLISHED = Path(__file__).parent / "pretrained" / "true-cifar10.safetensors"
@@ -36,50 +37,41 @@ PUBLISHED = Path(__file__).parent / "pretrained" / "true-cifar10.safetensors"
 class Drawn:
     """A model to draw from, its scheduler, and the config that its file names."""
 
-    model: nn.Module
+    model: Denoiser
     scheduler: DDPMScheduler
     config: dict
 
 
 def parser() -> Parser:
     """All flags."""
+    fraction = number("from 0 to 1", lambda v: 0 <= v <= 1)
+    weight = number("of at least 0", lambda v: v >= 0)
     p = Parser(prog="sample.py", description="Draw images from trained models.")
-    p.add_argument(
-        "--checkpoint", nargs="+", metavar="RUN",
-        help="a run folder or a model.safetensors; several are drawn side by side, from the same noise "
-        "(default: the published weights)",
-    )  # fmt: skip
-    p.add_argument("--num-images", type=integer(1, 10**6), default=64, help="how many to draw")
-    p.add_argument("--output", default="samples.png", metavar="PNG", help="the grid")
-    p.add_argument("--gif", metavar="GIF", help="an animation of the denoising")
-    p.add_argument(
-        "--tau-maps", metavar="PNG", help="the time constants of the (first) true liquid model while it draws"
-    )
-    p.add_argument("--sampler", choices=SAMPLERS, default="dpmpp", help="how to go from noise to image")
-    p.add_argument(
-        "--steps", type=integer(1), help="network calls an image (default: 50, or all timesteps of a model with fewer)"
-    )
-    p.add_argument(
-        "--eta", type=number("from 0 to 1", lambda v: 0 <= v <= 1), default=0.0, help="noise of ddim: 0 none, 1 as ddpm"
-    )
-    p.add_argument("--seed", type=integer(0), default=0, help="image i follows from seed + i")
-    p.add_argument("--batch-size", type=integer(1, 10**6), default=64, help="images at once; does not change them")
-    p.add_argument("--classes", help="names or numbers, comma-separated, taken in turns; for a class-conditional model")
-    p.add_argument(
-        "--guidance",
-        type=number("of at least 0", lambda v: v >= 0),
-        default=1.0,
-        help="classifier-free guidance; 1 is none",
-    )
-    p.add_argument("--solver", choices=SOLVERS, help="ODE solver of a true liquid model (default: as trained)")
-    p.add_argument(
-        "--ode-steps",
-        type=integer(1),
-        nargs=3,
-        metavar=("GLOBAL", "LOCAL", "DETAIL"),
-        help="its steps (default: as trained)",
-    )
-    p.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu")
+    add = p.add_argument
+    # fmt: off
+    add("--checkpoint", nargs="+", metavar="RUN",
+        help="a run folder or a model.safetensors (default: the published weights); several are drawn side by side, "
+        "from the same noise")
+    add("--num-images", type=integer(1, 10**6), default=64, help="how many images to draw")
+    add("--output", default="samples.png", metavar="PNG", help="where the grid of images is written")
+    add("--gif", metavar="GIF", help="also write an animation of the denoising to this file")
+    add("--tau-maps", metavar="PNG",
+        help="also write maps of the time constants of the first true liquid model while it draws")
+    add("--sampler", choices=SAMPLERS, default="dpmpp", help="how to get from noise to an image")
+    add("--steps", type=integer(1),
+        help="network calls per image (default: 50, or all timesteps of a model that has fewer)")
+    add("--eta", type=fraction, default=0.0, help="with --sampler ddim: fresh noise per step, 0 (none) to 1 (ddpm)")
+    add("--seed", type=integer(0), default=0, help="image i is drawn from the noise of seed + i")
+    add("--batch-size", type=integer(1, 10**6), default=64, help="images drawn at once; does not change the images")
+    add("--classes",
+        help="names or numbers of classes, separated by commas; the images take turns (default: all classes in turn)")
+    add("--guidance", type=weight, default=1.0,
+        help="classifier-free guidance of a class-conditional model; 1 is none, more shows the class more clearly")
+    add("--solver", choices=SOLVERS, help="ODE solver of a true liquid model (default: as trained)")
+    add("--ode-steps", type=integer(1), nargs=3, metavar=("GLOBAL", "LOCAL", "DETAIL"),
+        help="ODE steps of the three cells of a true liquid model (default: as trained)")
+    add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one, else mps, else cpu")
+    # fmt: on
     return p
 
 
@@ -97,12 +89,13 @@ def main() -> None:
     args.steps = args.steps or min(50, timesteps)
     if args.steps > timesteps:
         raise UserError(f"--steps: must be at most the model's {timesteps} timesteps, got {args.steps}")
-    liquid = {name: one for name, one in drawn.items() if isinstance(one.model, TrueLiquidDiffusionModel)}
+    liquid = {name: one.model for name, one in drawn.items() if isinstance(one.model, TrueLiquidDiffusionModel)}
     for flag, wanted in (("--solver", args.solver), ("--ode-steps", args.ode_steps), ("--tau-maps", args.tau_maps)):
         if wanted and not liquid:
-            raise UserError(f"{flag}: only a true liquid model has an ODE, this one is {', '.join(drawn)}")
-    for one in liquid.values():
-        one.model.set_solver(args.solver, args.ode_steps)
+            raise UserError(f"{flag}: only a true liquid model has an ODE, this model is {', '.join(drawn)}")
+    with user_errors("--solver"):
+        for model in liquid.values():
+            model.set_solver(args.solver, args.ode_steps)
     labels = {
         name: chosen_labels(args.classes, one.config["classes"], one.model.num_classes, args.num_images)
         for name, one in drawn.items()
@@ -113,7 +106,7 @@ def main() -> None:
     gif = output_file(args.gif, "--gif", ".gif") if args.gif else None
     maps = output_file(args.tau_maps, "--tau-maps", ".png") if args.tau_maps else None
     for one in drawn.values():
-        one.model.to(device, memory_format=torch.channels_last)
+        one.model.to(device).to(memory_format=torch.channels_last)
 
     with out_of_memory_named(min(args.batch_size, args.num_images), "a smaller model"):
         images, frames = draw(args, drawn, labels)
@@ -121,9 +114,10 @@ def main() -> None:
         if gif is not None:
             write(gif, lambda: save_gif(frames, gif))
         if maps is not None:
-            name, one = next(iter(liquid.items()))
-            options = sampling_options(args) | {"labels": labels[name]}
-            found = record(one.model, one.scheduler, one.config["shape"], min(args.num_images, SHOWN), **options)
+            name, model = next(iter(liquid.items()))
+            options: dict[str, Any] = sampling_options(args) | {"labels": labels[name]}
+            shape = drawn[name].config["shape"]
+            found = record(model, drawn[name].scheduler, shape, min(args.num_images, SHOWN), **options)
             write(maps, lambda: save_tau_maps(found, maps))
 
 
@@ -201,7 +195,7 @@ def write(path: Path, save: Callable[[], None]) -> None:
     try:
         save()
     except OSError as error:
-        raise RunFailed(f"cannot write {path} ({error.strerror or error}); nothing was changed") from error
+        raise RunFailed(f"cannot write {path} ({reason(error)}); nothing was changed") from error
     print(path)
 
 

@@ -7,106 +7,74 @@ python train.py --resume                               # go on with the latest r
 torchrun --nproc-per-node=2 train.py                   # the same run in two processes
 """
 
-import interrupted_import  # noqa: F401  # isort: skip
+from runtime import interrupted_import  # noqa: F401  # isort: skip
 
 from dataclasses import fields
 from pathlib import Path
 
-from checkpoint import CONFIG_FILE, read_config, run_folders
-from command_line import Parser, integer, number, run
 from diffusion import PREDICTION_TYPES, SCHEDULES
-from errors import UserError
-from hardware import COMPILE, DEVICES, PRECISIONS
-from image_data import DATASETS
-from liquid_diffusion import STEP_SHARE
+from images.datasets import DATASETS
+from liquid_diffusion import STEP_FRACTION
 from models import MODELS, build_model
-from optimizer import OPTIMIZERS
-from train_config import BEFORE_THE_FLAG, TrainConfig
-from training import train
+from runtime.command_line import Parser, integer, number, run, spelled
+from runtime.errors import UserError
+from runtime.hardware import DEVICES
+from training.config import BEFORE_THE_FLAG, COMPILE, PRECISIONS, TrainConfig
+from training.loop import train
+from training.optimizer import OPTIMIZERS
+from training.run_folder import CONFIG_FILE, read_config, run_folders
 
-# what a resumed run may change: how long, where and how loudly, not what is learned from what
+# a resumed run may change how long it runs, where and how verbosely, but not what it learns from what
 CHANGEABLE = {
     *("epochs", "steps", "minutes", "device", "compile", "log_every", "sample_every", "save_every", "tensorboard"),
     *("data_dir", "output_dir"),
 }
 BUDGET = {"epochs", "steps", "minutes"}
-LENGTH = number("greater than 0 and at most a million", lambda v: 0 < v <= 1e6)
 
 
 def parser() -> Parser:
     """All flags, with the defaults of TrainConfig."""
-    default = {f.name: f.default for f in fields(TrainConfig)}
+    length = number("greater than 0 and at most a million", lambda v: 0 < v <= 1e6)
+    rate = number("greater than 0", lambda v: v > 0)
+    decay = number("from 0 to less than 1", lambda v: 0 <= v < 1)
     p = Parser(prog="train.py", description="Train one diffusion model into a run folder.")
-    p.add_argument("--model", choices=list(MODELS), default=default["model"], help="the denoiser")
-    p.add_argument("--solver", choices=list(STEP_SHARE), default="euler", help="ODE steps of the true liquid model")
-    p.add_argument(
-        "--random-ode-steps", action="store_true",
-        help="train the true model with half to four times its ODE steps, so that sample.py may choose them",
-    )  # fmt: skip
-    p.add_argument("--dataset", choices=DATASETS, default=default["dataset"], help="what to learn")
-    p.add_argument("--data-dir", default=default["data_dir"], help="where data sets are kept; the images of `folder`")
-    p.add_argument(
-        "--image-size", type=integer(4, 4096), help="resize to this side (default: the set's own; folder: 32)"
-    )
-    p.add_argument("--output-dir", default=default["output_dir"], help="where the run's new folder is made")
-    budget = p.add_mutually_exclusive_group()
-    budget.add_argument("--epochs", type=LENGTH, default=default["epochs"], help="length, in passes over the set")
-    budget.add_argument("--steps", type=integer(1), help="length, in optimizer steps")
-    budget.add_argument("--minutes", type=LENGTH, help="length, in minutes of training")
-    p.add_argument(
-        "--batch-size", type=integer(1, 10**6), default=default["batch_size"], help="images a step, all processes"
-    )
-    p.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default=default["optimizer"],
-        help="muon for the matrices and adamw for the rest, or adamw for all",
-    )  # fmt: skip
-    p.add_argument(
-        "--lr", type=number("greater than 0", lambda v: v > 0), default=default["lr"], help="peak learning rate"
-    )
-    p.add_argument("--timesteps", type=integer(2, 10**5), default=default["timesteps"], help="diffusion steps T")
-    p.add_argument("--schedule", choices=SCHEDULES, default=default["schedule"], help="noise schedule")
-    p.add_argument(
-        "--prediction-type", choices=PREDICTION_TYPES, default=default["prediction_type"], help="what the network gives"
-    )
-    p.add_argument("--class-conditional", action="store_true", help="learn classes, to draw with `sample.py --classes`")
-    p.add_argument(
-        "--ema-decay",
-        type=number("from 0 to less than 1", lambda v: 0 <= v < 1),
-        default=default["ema_decay"],
-        help="moving average of weights",
-    )
-    p.add_argument("--seed", type=integer(0), default=default["seed"], help="of weights, batches and noise")
-    p.add_argument("--device", choices=DEVICES, default=default["device"], help="auto: cuda, else mps, else cpu")
-    p.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default=default["precision"],
-        help="auto: bf16 where it is measured to be faster",
-    )
-    p.add_argument(
-        "--compile",
-        nargs="?",
-        choices=COMPILE,
-        const="on",
-        default=default["compile"],
-        help="torch.compile, on CUDA into CUDA graphs; auto: if the run is long and it is measured to be faster",
-    )
-    p.add_argument("--log-every", type=integer(1), default=default["log_every"], help="steps between log lines")
-    p.add_argument(
-        "--sample-every",
-        type=integer(1),
-        default=default["sample_every"],
-        help="steps between grids and held-out losses",
-    )
-    p.add_argument("--save-every", type=integer(1), default=default["save_every"], help="steps between saves")
-    p.add_argument(
-        "--skip-bad-images", action="store_true", help="leave out images of `folder` that cannot be read, and say which"
-    )
-    p.add_argument("--tensorboard", action="store_true", help="write TensorBoard events beside metrics.csv")
-    p.add_argument(
-        "--resume", nargs="?", const="latest", metavar="RUN", help="go on with a run folder (default: the latest)"
-    )
-    p.add_argument("--dry-run", action="store_true", help="load the data, print what would run, and write nothing")
+    add, one_of = p.add_argument, p.add_mutually_exclusive_group().add_argument
+    # fmt: off
+    add("--model", choices=list(MODELS), help="which network denoises")
+    add("--solver", choices=list(STEP_FRACTION), default="euler", help="how the true liquid model takes its ODE steps")
+    add("--random-ode-steps", action="store_true",
+        help="train the true model with 0.5 to 4 times its usual ODE steps, so that sample.py may choose them")
+    add("--dataset", choices=DATASETS, help="what to learn")
+    add("--data-dir", help="where data sets are kept; with --dataset folder, the folder of your images")
+    add("--image-size", type=integer(4, 4096),
+        help="resize images to this side in pixels (default: the set's own size; folder: 32)")
+    add("--output-dir", help="where the new run folder is made")
+    one_of("--epochs", type=length, help="length of the run, in passes over the data set")
+    one_of("--steps", type=integer(1), help="length of the run, in optimizer steps")
+    one_of("--minutes", type=length, help="length of the run, in minutes of training")
+    add("--batch-size", type=integer(1, 10**6), help="images per step, over all processes together")
+    add("--optimizer", choices=OPTIMIZERS, help="muon: Muon for matrices and AdamW for the rest; adamw: AdamW for all")
+    add("--lr", type=rate, help="peak learning rate")
+    add("--timesteps", type=integer(2, 10**5), help="number of diffusion steps T")
+    add("--schedule", choices=SCHEDULES, help="noise schedule")
+    add("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts: eps, v, or the edm mixture")
+    add("--class-conditional", action="store_true", help="learn the classes, so that `sample.py --classes` can choose")
+    add("--ema-decay", type=decay, help="decay of the moving average of the weights, which is what gets saved")
+    add("--seed", type=integer(0), help="seed of the weights, the batches and the noise")
+    add("--device", choices=DEVICES, help="auto: cuda if there is one, else mps, else cpu")
+    add("--precision", choices=PRECISIONS, help="auto: bf16 if the processor multiplies in bf16, else fp32")
+    add("--compile", nargs="?", choices=COMPILE, const="on",
+        help="torch.compile, on a GPU with CUDA graphs; auto: compile long runs on a GPU, or in bf16 on a CPU")
+    add("--log-every", type=integer(1), help="steps between two lines of metrics.csv")
+    add("--sample-every", type=integer(1), help="steps between two measurements of the held-out loss, each with a grid")
+    add("--save-every", type=integer(1), help="steps between two saves")
+    add("--skip-bad-images", action="store_true",
+        help="with --dataset folder: leave out images that cannot be read, and list them")
+    add("--tensorboard", action="store_true", help="write TensorBoard events, too")
+    add("--resume", nargs="?", const="latest", metavar="RUN", help="go on with this run folder, or with the latest run")
+    add("--dry-run", action="store_true", help="load the data, print what would run, and write nothing")
+    # fmt: on
+    p.take_defaults({f.name: f.default for f in fields(TrainConfig)})
     return p
 
 
@@ -118,8 +86,7 @@ def main() -> None:
     resume, dry_run = values.pop("resume"), values.pop("dry_run")
     for flag in ("solver", "random_ode_steps"):
         if flag in given and values["model"] != "true" and resume is None:
-            name = flag.replace("_", "-")
-            raise UserError(f"--{name}: only the true model has an ODE, got --model {values['model']}")
+            raise UserError(f"{spelled(flag)}: only the true model has an ODE, got --model {values['model']}")
     ode = {"solver": values.pop("solver"), "random_steps": values.pop("random_ode_steps")}
     if resume is None:
         if BUDGET & given.keys() - {"epochs"}:
@@ -135,7 +102,7 @@ def main() -> None:
 
 
 def resumed(given: dict, output_dir: Path) -> tuple[TrainConfig, Path]:
-    """The config and folder of the run to go on with. Raises UserError for a flag that would make it another run."""
+    """The config and folder of the run to go on with. Raises UserError for a flag that contradicts it."""
     if given["resume"] == "latest":
         folders = run_folders(output_dir)
         if not folders:
@@ -151,13 +118,13 @@ def resumed(given: dict, output_dir: Path) -> tuple[TrainConfig, Path]:
         before = vars(saved) | {"solver": ode["solver"], "random_ode_steps": bool(ode["random_steps"])}
         parser().check(before)
         build_model(saved.model, **{"in_channels": 3, **saved.model_config})
-    except (AttributeError, KeyError, TypeError, UserError) as error:
+    except (AttributeError, ImportError, KeyError, TypeError, UserError, ValueError) as error:
         raise UserError(f"{folder / CONFIG_FILE}: not the config of a run ({error})") from None
     same = {"resume", "dry_run"} | ({"precision"} if given.get("precision") == "auto" else set())
     for name in given.keys() - CHANGEABLE - same:
         if given[name] != before[name]:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag}: {given[name]} contradicts --resume: {folder} was started with {before[name]}")
+            started = f"{folder} was started with {before[name]}"
+            raise UserError(f"{spelled(name)}: {given[name]} contradicts --resume: {started}")
     changes = {name: value for name, value in given.items() if name in CHANGEABLE}
     if BUDGET & changes.keys():
         changes = dict.fromkeys(BUDGET) | changes

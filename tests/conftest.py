@@ -21,8 +21,12 @@ import pytest
 import torch
 from PIL import Image
 
-import command_line
 import train
+import training.loop
+import training.run_log
+import training.validation
+from images.batches import held_out_bank
+from runtime import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 # one thread a process: the runs are small, and several tests may run at once
@@ -37,6 +41,22 @@ def as_from_a_shell() -> None:
     """Stop signals as they are for a command of a shell; the tests may run where some are ignored, as under nohup."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def light_records(patch: Callable = setattr) -> None:
+    """From now on runs in this process measure 50 held-out images, draw grids of 4 and plot no curves.
+
+    These take longer than the steps of a short run. A `prepare` for a forked process; in this one use `light`.
+    """
+    patch(training.loop, "held_out_bank", partial(held_out_bank, size=50))
+    patch(training.validation, "GRID_IMAGES", 4)
+    patch(training.run_log, "save_loss_curves", lambda *_: None)
+
+
+@pytest.fixture
+def light(monkeypatch) -> None:
+    """`light_records` for the runs that a test makes in this process."""
+    light_records(monkeypatch.setattr)
 
 
 def temporary_files(folder: Path) -> list[Path]:
@@ -88,6 +108,32 @@ def _forked(argv: list[str], prepare: Callable[[], None] | None, environment: di
     command_line.run(argv[0], main)
 
 
+def forked(function: Callable, *arguments):
+    """What the function returns in a process forked from one that has done the imports."""
+    context = _fork_context()
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(writer, function, *arguments))
+    process.start()
+    writer.close()
+    with reader:
+        answer = reader.recv()  # EOFError if it failed; its traceback is on stderr
+    process.join()
+    return answer
+
+
+def _answer(pipe, function: Callable, *arguments) -> None:
+    torch.set_num_threads(1)
+    pipe.send(function(*arguments))
+
+
+def _fork_context():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["conftest", "train", "sample", "compare", "sklearn.datasets", "matplotlib.figure", "torch._dynamo"]
+    )
+    return context
+
+
 class ForkedCommand:
     """What `start_command` starts, without the seconds of the imports: a process forked from one that has done them.
 
@@ -95,10 +141,7 @@ class ForkedCommand:
     """
 
     def __init__(self, script: str, *arguments, prepare: Callable[[], None] | None = None, **environment: str):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["conftest", "train", "sample", "compare", "sklearn.datasets", "matplotlib.figure", "torch._dynamo"]
-        )
+        context = _fork_context()
         readers, writers = zip(*(context.Pipe(duplex=False) for _ in range(2)), strict=True)
         argv = [script, *map(str, arguments)]
         self._process = context.Process(target=_forked, args=(argv, prepare, environment, *writers))
@@ -118,6 +161,7 @@ class ForkedCommand:
         return self._process.exitcode
 
     returncode = property(poll)
+    pid = property(lambda self: self._process.pid)
 
     def send_signal(self, number: int) -> None:
         os.kill(self._process.pid, number)
@@ -245,7 +289,11 @@ def short_class_run(class_images, tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory) -> Path:
     """60 uninterrupted steps, in a folder of their own."""
-    return train_tiny(tmp_path_factory.mktemp("whole"), "--steps", 60, "--sample-every", 40, "--save-every", 7)
+    folder = tmp_path_factory.mktemp("whole")
+    options = ["--steps", 60, "--sample-every", 40, "--save-every", 7]
+    done = run_forked("train.py", *TINY, *options, "--output-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "00000-true-digits"
 
 
 def known_features(images: torch.Tensor) -> torch.Tensor:

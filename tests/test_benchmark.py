@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -11,14 +12,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-import benchmark_peers as peers
-import benchmark_sections as sections
-import speed
-from benchmark_processes import peak_memory
-from benchmark_report import goals, markdown
-from conv_floor import Convolution, convolutions, floor_seconds
+from lab import speed
+from lab.benchmark import peers, sections
+from lab.benchmark.convolutions import Convolution, convolutions, floor_seconds
+from lab.benchmark.processes import peak_memory
+from lab.benchmark.report import goals, markdown
 from models import build_model
-from train_config import TrainConfig
+from training.config import TrainConfig
+
+
+BF16 = {"avx512_bf16"}  # what a processor that multiplies in bf16 has; others compute the same, slowly
 
 
 class Net(nn.Module):
@@ -87,7 +90,8 @@ def test_the_floor_is_the_sum_over_calls_of_what_is_best_for_each(monkeypatch):
     def in_turn(calls, device, seconds):
         return {name: [0.5 if name[:2] == ("bf16", "contiguous") else times[name[2]]] for name in calls}
 
-    monkeypatch.setattr("conv_floor.in_turn", in_turn)
+    monkeypatch.setattr("lab.benchmark.convolutions.in_turn", in_turn)
+    monkeypatch.setattr("runtime.hardware.cpu_flags", lambda: BF16)
     floor, rows = floor_seconds(convolutions(Net(), (3, 8, 8), 2), torch.device("cpu"), seconds=0.1)
     assert floor == pytest.approx(5 * (0.5 + 0.5))  # five calls a step
     assert [row["calls_a_step"] for row in rows] == [1, 3, 1]
@@ -191,9 +195,10 @@ def tiny_report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     small = {"LARGE": "unet:150k", "BATCHES": (1, 2), "SIDES": (8, 16), "ODE_STEPS": ((1, 1, 1), (2, 2, 2))}
     small |= {"SAMPLES": 2, "SAMPLING_STEPS": 3}
+    bf16, once = mock.patch("runtime.hardware.cpu_flags", lambda: BF16), mock.patch.object(speed, "ROUNDS", 1)
     options = ["--device", "cpu", "--batch-size", 2, "--image-size", 8, "--seconds", 1e-6, "--no-compile"]
     options += ["--sections", "sampling", "peers", "floor", "growth", "--output-dir", folder]
-    with mock.patch.multiple(sections, **small):
+    with mock.patch.multiple(sections, **small), bf16, once:
         code, out, err = call(benchmark, *options)
     assert code == 0, err
     return folder, json.loads((folder / "benchmark.json").read_text()), out
@@ -268,10 +273,13 @@ def test_an_interruption_says_what_is_measured(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "benchmark.json").read_text())["train"]["true"]["images_per_second"] == 1
 
 
-def test_two_processes_divide_a_batch():
+def test_two_processes_divide_a_batch(monkeypatch):
+    """Forked here from a process that has imported torch; `benchmark.py` spawns them."""
+    monkeypatch.setattr("lab.benchmark.processes.ROUNDS", 1)
+    forked = partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", forked)
     config = TrainConfig(dataset="synthetic", batch_size=2, device="cpu", precision="fp32")
-    with mock.patch("benchmark_processes.ROUNDS", 1):
-        report = sections.one_against_two(config, 8, 2, steps=1)
+    report = sections.one_against_two(config, 8, 2, steps=1)
     assert report["gradient_bytes_a_step"] == 4 * 38_451
     assert report["one_process"]["threads"] == 2 and report["two_processes"]["threads_each"] == 1
     one, two = (report[name]["images_per_second"] for name in ("one_process", "two_processes"))

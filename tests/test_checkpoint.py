@@ -1,29 +1,24 @@
-"""Files and folders of a run: atomic, refused by name when damaged, and never executed."""
+"""Files and folders of a run: written whole or not at all, the same for the same model, and read in older formats."""
 
 import json
 import os
-import pickle
+import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
 import pytest
 import safetensors.torch
 import torch
+from conftest import EVERY, ROOT, call, same, trained
 
-from checkpoint import (
-    atomic_path,
-    make_run_folder,
-    next_run_folder,
-    output_file,
-    read_config,
-    read_model,
-    read_resume,
-    run_folders,
-    save_model,
-    save_run,
-)
-from errors import UserError
+import train
+from runtime.errors import UserError
+from runtime.files import atomic_path, output_file
+from training.checkpoint import load_model, read_model, read_resume, save_model, save_run
+from training.run_folder import make_run_folder, next_run_folder, read_config, run_folders
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.int64)}
 CONFIG = {"model": "true", "shape": [3, 32, 32]}
@@ -51,17 +46,19 @@ def test_model_file_gives_back_what_was_saved_and_is_plain_safetensors(model_fil
     assert torch.equal(safetensors.torch.load_file(model_file)["a"], TENSORS["a"])
 
 
-def test_the_same_model_is_the_same_bytes_in_any_process(model_file, tmp_path):
-    """Rust's hash maps, in which safetensors keeps its metadata, are ordered by a seed of each process."""
-    code = (
-        "import sys, torch; from pathlib import Path; from checkpoint import save_model; "
-        "tensors = {'a': torch.arange(6.0).view(2, 3), 'b': torch.ones(2, dtype=torch.int64)}; "
-        f"save_model(Path(sys.argv[1]), tensors, {CONFIG})"
-    )
-    for i in range(3):
-        path = tmp_path / f"{i}.safetensors"
-        subprocess.run([sys.executable, "-c", code, str(path)], check=True)
-        assert path.read_bytes() == model_file.read_bytes()
+def test_the_same_model_is_the_same_bytes_in_any_thread(model_file, tmp_path):
+    """Rust's hash maps, in which safetensors keeps its metadata, are ordered by a seed of each thread."""
+
+    def save(i):
+        save_model(tmp_path / f"{i}.safetensors", TENSORS, CONFIG)
+
+    threads = [Thread(target=save, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(8):
+        assert (tmp_path / f"{i}.safetensors").read_bytes() == model_file.read_bytes()
 
 
 def test_channels_last_weights_survive(tmp_path):
@@ -85,53 +82,41 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(model_file):
     assert os.listdir(model_file.parent) == [model_file.name]
 
 
-def damaged(content: bytes) -> dict[str, bytes]:
-    flipped = bytearray(content)
-    flipped[3] ^= 0xFF
-    return {"empty": b"", "truncated": content[: len(content) // 2], "flipped": bytes(flipped), "text": b"hello\n" * 9}
+def format_2(tensors: dict) -> dict:
+    """The weights under the names of format 2, which had the cells in a ModuleDict."""
+    return {re.sub(r"processor\.(\w+)_cell\.", r"processor.cells.\1.", name): value for name, value in tensors.items()}
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "text"])
-@pytest.mark.parametrize("read, fixture", [(read_model, "model_file"), (read_resume, "resume_file")])
-def test_a_damaged_file_is_refused_by_name(read, fixture, damage, request):
-    path = request.getfixturevalue(fixture)
-    path.write_bytes(damaged(path.read_bytes())[damage])
-    with pytest.raises(UserError, match=path.name):
-        read(path)
+@pytest.mark.parametrize("name", ["true-cifar10", "true-digits"])
+def test_published_weights_of_format_2_are_read_under_the_names_of_now(name):
+    path = ROOT / "pretrained" / f"{name}.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["liquid-diffusion"])["format_version"] == 2
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    assert any(name.startswith("processor.cells.global.") for name in saved)
+    model, _, _ = load_model(path)
+    tensors = model.state_dict()
+    assert any(name.startswith("processor.global_cell.") for name in tensors)
+    assert same(read_model(path)[0], tensors)
+    assert same(format_2(tensors), saved)
 
 
-@pytest.mark.parametrize("read", [read_model, read_resume])
-def test_a_missing_file_is_refused_by_name(read, tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
-        read(tmp_path / "nowhere")
-
-
-def test_foreign_and_future_files_are_refused(tmp_path):
-    foreign, future = tmp_path / "foreign.safetensors", tmp_path / "future.safetensors"
-    safetensors.torch.save_file(TENSORS, foreign)
-    safetensors.torch.save_file(TENSORS, future, {"liquid-diffusion": '{"format_version": 99, "config": {}}'})
-    with pytest.raises(UserError, match="not a model of this project"):
-        read_model(foreign)
-    with pytest.raises(UserError, match="99"):
-        read_model(future)
-    torch.save({"weights": TENSORS}, tmp_path / "foreign.pt")
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
-        read_resume(tmp_path / "foreign.pt")
-
-
-def test_a_pickle_that_would_run_code_does_not_run_it(tmp_path):
-    trace = tmp_path / "executed"
-
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(trace),)
-
-    torch.save({"format": "liquid-diffusion", "model": Attack()}, tmp_path / "zip.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Attack()))
-    for name in ("zip.pt", "plain.pt"):
-        with pytest.raises(UserError, match=name):
-            read_resume(tmp_path / name)
-    assert not trace.exists()
+def test_a_run_of_format_2_goes_on_to_the_same_bytes(light, tmp_path, monkeypatch):
+    run = trained(tmp_path / "now", *EVERY, "--steps", 3)
+    old = shutil.copytree(run, tmp_path / "before")
+    (tensors, config), state = read_model(run), read_resume(run / "checkpoint.pt")
+    state.pop("format_version")
+    state |= {part: format_2(state[part]) for part in ("model", "ema")}
+    with monkeypatch.context() as before:
+        before.setattr("training.checkpoint.FORMAT_VERSION", 2)
+        save_run(old, format_2(tensors), config, state)
+    saved = torch.load(old / "checkpoint.pt", weights_only=True)
+    assert saved["format_version"] == 2 and "processor.cells.global.recurrent.weight" in saved["model"]
+    for folder in (run, old):
+        code, _, err = call(train, "--resume", folder, "--steps", 6)
+        assert code == 0, err
+    for name in ("model.safetensors", "checkpoint.pt"):
+        assert (run / name).read_bytes() == (old / name).read_bytes(), name
 
 
 def test_run_ids_grow_from_the_largest(tmp_path):
@@ -166,13 +151,14 @@ def test_config_is_read_or_refused(tmp_path):
         read_config(tmp_path)
 
 
-def test_reading_a_model_needs_no_other_module_of_the_project(model_file):
+def test_reading_a_model_needs_neither_the_project_nor_torch(model_file):
     """A checkpoint can be read by its format alone: the file is safetensors with JSON in its metadata."""
     code = (
-        "import json, sys, safetensors; f = safetensors.safe_open(sys.argv[1], 'pt'); "
+        "import json, sys, safetensors; f = safetensors.safe_open(sys.argv[1], 'np'); "
         "print(json.loads(f.metadata()['liquid-diffusion'])['config']['model'], sorted(f.keys()))"
     )
-    out = subprocess.run([sys.executable, "-c", code, str(model_file)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-I", "-c", code, str(model_file)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "true ['a', 'b']"
 
 

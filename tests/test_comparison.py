@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from comparison import (
+from lab.comparison.verdict import (
     Point,
     Result,
     by_arm,
@@ -18,7 +18,7 @@ from comparison import (
     save_curves,
     save_rows,
 )
-from errors import UserError
+from runtime.errors import UserError
 
 
 def result(arm: str, seed: int, eps_mse: float, parameters: int = 38_000) -> Result:

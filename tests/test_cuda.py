@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cuda_graph import CapturedGradient, RecordedFunction
-from hardware import Processes
-from image_data import load_images, training_batch
-from liquid_diffusion import STEP_SHARE
-from models import build_model, load_model
-from optimizer import Muon
-from train_config import TrainConfig
-from train_state import untrained
-from training import train
-from training_step import gradient_function
+from images.batches import training_batch
+from images.datasets import load_images
+from kernels.cuda_graph import CapturedGradient, RecordedFunction
+from liquid_diffusion import STEP_FRACTION
+from models import build_model
+from runtime.processes import Processes
+from training.checkpoint import load_model
+from training.config import TrainConfig
+from training.loop import train
+from training.optimizer import Muon
+from training.state import untrained
+from training.step import TrainStep
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DIGITS = load_images("digits", "unused")
@@ -28,7 +30,7 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("solver", STEP_SHARE)
+@pytest.mark.parametrize("solver", STEP_FRACTION)
 def test_under_autocast_the_state_has_the_drive_s_precision(solver):
     with FakeTensorMode(), torch.device("cuda"):
         torch.set_autocast_enabled("cuda", True)
@@ -51,7 +53,8 @@ def test_a_graph_gives_the_gradients_of_the_steps_that_it_replays(model, monkeyp
     scheduler, state = untrained(config, DIGITS, CUDA)
     torch.nn.init.normal_(list(state.model.parameters())[-2], std=0.1)  # the head's, which are zero
     plain, captured = (
-        gradient_function(state, scheduler, replace(config, compile=mode), Processes(CUDA)) for mode in ("off", "on")
+        TrainStep(replace(config, compile=mode), DIGITS, scheduler, state, Processes(CUDA)).gradient
+        for mode in ("off", "on")
     )
     assert isinstance(captured, CapturedGradient)
     for number, ode_steps in enumerate([(3, 5, 7), (2, 3, 4), (3, 5, 7), (2, 3, 4)]):
@@ -72,7 +75,7 @@ def test_graphs_of_many_trainings_take_turns():
     for seed in range(8):
         config = replace(CONFIG, seed=seed, compile="off", precision="fp32")
         scheduler, state = untrained(config, DIGITS, CUDA)
-        plain = gradient_function(state, scheduler, config, Processes(CUDA))
+        plain = TrainStep(config, DIGITS, scheduler, state, Processes(CUDA)).gradient
         trainings.append((scheduler, plain, CapturedGradient(plain, state.model)))
     for number in range(3):
         for scheduler, plain, captured in trainings:

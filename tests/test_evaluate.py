@@ -12,15 +12,15 @@ from conftest import FEW_DRAWN, call, run_forked, short_run
 from PIL import Image
 
 import evaluate
-import evaluation
-import inception_distances
 from diffusion import sample_images
-from image_data import held_out_bank, load_images, to_float
-from likelihood import variational_bound
-from models import load_model
-from neighbours import nearest
-from sliced_wasserstein import sliced_wasserstein
-from validation import held_out_loss
+from images.batches import held_out_bank, to_float
+from images.datasets import load_images
+from lab.evaluation import inception, measures
+from lab.evaluation.likelihood import variational_bound
+from lab.evaluation.neighbours import nearest
+from lab.evaluation.sliced_wasserstein import sliced_wasserstein
+from training.checkpoint import load_model
+from training.validation import held_out_loss
 
 # no weights in the cache and no host that answers: what a machine without a network meets
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
@@ -61,7 +61,7 @@ def test_the_eps_mse_is_that_of_training_and_its_bins_average_to_it(short_digits
 def test_a_model_of_few_timesteps_has_bins_without_one(short_digits_run):
     model, scheduler, _ = load_model(short_digits_run)
     short = type(scheduler)(4, "linear", scheduler.prediction_type)
-    bins = evaluation.eps_mse(model, short, held_out_bank(load_images("digits", "unused"), 4))["bins"]
+    bins = measures.eps_mse(model, short, held_out_bank(load_images("digits", "unused"), 4))["bins"]
     assert [part["t"] for part in bins if part["n"]] == [[0, 0], [1, 1], [2, 2], [3, 3]]
     assert all(part["value"] is None and part["t"] is None for part in bins if not part["n"])
 
@@ -157,7 +157,7 @@ def test_the_same_seed_gives_the_same_figures_and_a_bare_file_the_same_as_its_ru
     bare.write_bytes((short_digits_run / "model.safetensors").read_bytes())
     code, _, err = call(evaluate, "--checkpoint", bare, *FEW_DRAWN, "--batch-size", 7)
     assert code == 0, err
-    report = json.loads((tmp_path / "bare-evaluation.json").read_text())
+    report = json.loads((tmp_path / "bare-measures.json").read_text())
     assert (tmp_path / "bare-evaluation-neighbours.png").is_file()
     assert report["checkpoint"] == str(bare)
     assert report["fid"]["value"] is None and "--fid" in report["fid"]["reason"]
@@ -202,8 +202,8 @@ def test_a_model_with_classes_is_told_them_in_turns_and_measured_by_them(short_c
 
 def test_images_smaller_than_a_patch_are_null_with_the_reason():
     images = torch.zeros(20, 1, 4, 4, dtype=torch.uint8)
-    data = evaluation.ImageData("digits", images, images[:, 0, 0, 0], images, images[:, 0, 0, 0], ("0",), False)
-    found = evaluation.patch_distance(images, data, torch.device("cpu"), 0)
+    data = measures.ImageData("digits", images, images[:, 0, 0, 0], images, images[:, 0, 0, 0], ("0",), False)
+    found = measures.patch_distance(images, data, torch.device("cpu"), 0)
     assert found["value"] is None and "7x7" in found["reason"] and "4x4" in found["reason"]
 
 
@@ -213,7 +213,7 @@ def test_a_measured_fid_is_labelled(short_digits_run, stand_in, monkeypatch, tmp
     model, scheduler, config = load_model(short_digits_run)
     samples = ((sample_images(model, scheduler, config["shape"], 20, steps=3) + 1) * 127.5).round().byte()
     data = load_images("digits", "unused")
-    again = inception_distances.inception_distances(samples, data.train, "unused", device=torch.device("cpu"))
+    again = inception.inception_distances(samples, data.train, "unused", device=torch.device("cpu"))
     assert (report["fid"]["value"], report["kid"]["value"]) == pytest.approx((again["fid"], again["kid"]), rel=1e-3)
     for name in ("fid", "kid"):
         figure = report[name]

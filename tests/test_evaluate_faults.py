@@ -8,13 +8,12 @@ from conftest import FEW_DRAWN, call
 from PIL import Image
 
 import evaluate
-import evaluation
-import inception_distances
-from checkpoint import read_model, save_model
+from lab.evaluation import inception, measures
+from training.checkpoint import read_model, save_model
 
 
 def test_fid_without_the_library_is_refused_before_anything_else(monkeypatch):
-    monkeypatch.setattr(inception_distances.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(inception.importlib.util, "find_spec", lambda name: None)
     code, out, err = call(evaluate, "--checkpoint", "missing", "--fid")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "--fid" in err and "requirements-compare.txt" in err
@@ -107,7 +106,7 @@ def test_running_out_of_memory_is_one_line(short_digits_run, tmp_path, monkeypat
     def too_much(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(evaluation, "sample_images", too_much)
+    monkeypatch.setattr(measures, "sample_images", too_much)
     code, _, err = call(evaluate, *FEW_DRAWN, "--checkpoint", short_digits_run, "--output", tmp_path / "out.json")
     assert code == 1 and "--batch-size" in err.splitlines()[-1] and "Traceback" not in err
     assert not list(tmp_path.iterdir())
@@ -117,7 +116,7 @@ def test_an_interruption_leaves_with_130_and_writes_nothing(short_digits_run, tm
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "sample_images", interrupted)
+    monkeypatch.setattr(measures, "sample_images", interrupted)
     output = tmp_path / "out.json"
     code, _, err = call(evaluate, *FEW_DRAWN, "--checkpoint", short_digits_run, "--output", output)
     assert code == 130 and "nothing was written" in err.splitlines()[-1]

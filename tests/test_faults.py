@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -14,9 +15,9 @@ import pytest
 from conftest import (
     TINY,
     call,
+    light_records,
     refused,
     rows,
-    run_command,
     run_forked,
     start_command,
     temporary_files,
@@ -25,7 +26,7 @@ from conftest import (
 from PIL import Image
 
 import train
-from checkpoint import read_model, read_resume
+from training.checkpoint import read_model, read_resume
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults are made with Linux's means")
 
@@ -35,6 +36,14 @@ FILES = ("config.json", "metrics.csv", "model.safetensors", "checkpoint.pt")
 def limited(size: int):
     """A limit on the size of files, which a process meets as a full disk: a write fails."""
     return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> Path:
+    """A run of two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        light_records(patch.setattr)
+        return trained(tmp_path_factory.mktemp("run"), "--log-every", 1, "--steps", 2, "--sample-every", 1000)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +56,8 @@ def limited(size: int):
     ],
     ids=["config.json", "metrics.csv", "samples", "checkpoint.pt"],
 )
-def test_a_disk_that_fills_keeps_what_was_there(size, options, tmp_path, request):
-    run = trained(tmp_path, "--log-every", 1, "--steps", 2, "--sample-every", 1000)
+def test_a_disk_that_fills_keeps_what_was_there(size, options, light, two_steps, tmp_path, request):
+    run = shutil.copytree(two_steps, tmp_path / "run")
     before = {name: (run / name).read_bytes() for name in FILES}
     options = ["--resume", run, "--log-every", 1, "--steps", 200, *options]
     done = run_forked("train.py", *options, prepare=limited(size))
@@ -82,8 +91,8 @@ def test_output_that_cannot_be_printed_is_a_failure_in_one_line(tmp_path):
     refused(subprocess.CompletedProcess([], process.returncode, "", errors), "No space left", code=1)
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
-    run = trained(tmp_path, "--steps", 2)
+def test_what_a_killed_run_left_is_removed_by_the_next(light, two_steps, tmp_path):
+    run = shutil.copytree(two_steps, tmp_path / "run")
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     for name in ("checkpoint.pt", "model.safetensors", "metrics.csv"):
         (run / f".{name}.{gone.stdout.strip()}.tmp").write_bytes(b"part")
@@ -96,7 +105,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
 
 # at 1e6 the last finite loss has a gradient that overflows: the weights that it leaves are not finite
 @pytest.mark.parametrize("rate", [1e4, 1e6, 1e30])
-def test_a_diverging_run_keeps_its_last_good_checkpoint_and_draws_nothing_black(rate, tmp_path):
+def test_a_diverging_run_keeps_its_last_good_checkpoint_and_draws_nothing_black(rate, light, tmp_path):
     options = ["--steps", 40, "--lr", rate, "--log-every", 1, "--save-every", 1, "--sample-every", 1]
     code, _, err = call(train, *TINY, "--output-dir", tmp_path, *options)
     (run,) = tmp_path.iterdir()
@@ -115,19 +124,18 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint_and_draws_nothing_black(
 
 
 def little_memory() -> None:
-    """A limit of 2 GiB of addresses beyond what the process has."""
+    """A limit of 256 MiB of addresses beyond what the process has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + (2 << 30)
+    limit = pages * resource.getpagesize() + (256 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def test_out_of_memory_names_a_batch_size_to_try(tmp_path):
-    run = trained(tmp_path, "--steps", 1, "--image-size", 32)
-
-    options = [*TINY, "--image-size", 32, "--batch-size", 40_000, "--output-dir", tmp_path / "runs"]
+def test_out_of_memory_names_a_batch_size_to_try(two_steps, tmp_path):
+    options = [*TINY, "--batch-size", 40_000, "--output-dir", tmp_path / "runs"]
     refused(run_forked("train.py", *options, prepare=little_memory), "out of memory", "--batch-size 20000", code=1)
-    options = ["--checkpoint", run, "--num-images", 40_000, "--batch-size", 90_000, "--output", tmp_path / "a.png"]
-    refused(run_forked("sample.py", *options, prepare=little_memory), "out of memory", "--batch-size 20000", code=1)
+    options = ["--checkpoint", two_steps, "--num-images", 40_000, "--batch-size", 90_000]
+    done = run_forked("sample.py", *options, "--output", tmp_path / "a.png", prepare=little_memory)
+    refused(done, "out of memory", "--batch-size 20000", code=1)
 
 
 def test_without_a_gpu_cuda_is_refused_and_auto_is_not(tmp_path):
@@ -140,4 +148,4 @@ def test_without_a_gpu_cuda_is_refused_and_auto_is_not(tmp_path):
 def test_where_there_is_no_compiler_the_flag_is_named(tmp_path):
     options = [*TINY, "--steps", 1, "--compile", "--output-dir", tmp_path / "runs"]
     nothing = {"CXX": str(tmp_path / "no-compiler"), "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    refused(run_command("train.py", *options, **nothing), "--compile", "compiler")
+    refused(run_forked("train.py", *options, **nothing), "--compile", "compiler")

@@ -13,8 +13,9 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from errors import UserError
-from image_data import held_out_bank, load_images, to_float, training_batch
+from images.batches import held_out_bank, to_float, training_batch
+from images.datasets import load_images
+from runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-import image_folder
-from errors import RunFailed, UserError
-from image_data import load_images
-from image_folder import load_image_folder
+from images import folder
+from images.datasets import load_images
+from images.folder import load_image_folder
+from runtime.errors import RunFailed, UserError
 
 
 def save(path, color, size=(40, 40), mode="RGB", **options):
@@ -66,7 +66,7 @@ def test_a_large_folder_is_memory_mapped_and_the_same(tmp_path, monkeypatch):
     for i in range(6):
         save(tmp_path / f"{i}.png", (40 * i, 0, 0))
     in_memory = load_images("folder", tmp_path)
-    monkeypatch.setattr(image_folder, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 0)
     assert torch.equal(load_images("folder", tmp_path).train, in_memory.train)
 
 
@@ -142,7 +142,7 @@ def test_sixteen_bit_images_are_turned_upright_too_and_float_ones_are_refused(tm
 def test_a_disk_without_room_for_the_temporary_file_is_a_failure_and_no_bus_error(tmp_path, monkeypatch):
     for i in range(3):
         save(tmp_path / f"{i}.png", 0)
-    monkeypatch.setattr(image_folder, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:

@@ -6,7 +6,7 @@ import torch
 from conftest import known_features
 from scipy import linalg
 
-import inception_distances
+from lab.evaluation import inception
 
 
 @pytest.mark.parametrize("channels", [3, 1])
@@ -15,7 +15,7 @@ def test_fid_and_kid_are_those_of_their_definitions(channels, stand_in):
     random = torch.Generator().manual_seed(0)
     samples = torch.randint(0, 200, (60, channels, 8, 8), generator=random, dtype=torch.uint8)
     reference = torch.randint(30, 256, (60, channels, 8, 8), generator=random, dtype=torch.uint8)
-    found = inception_distances.inception_distances(samples, reference, "unused", device=torch.device("cpu"))
+    found = inception.inception_distances(samples, reference, "unused", device=torch.device("cpu"))
     x, y = (known_features(images.expand(-1, 3, -1, -1)).double().numpy() for images in (samples, reference))
     root = linalg.sqrtm(np.cov(x.T) @ np.cov(y.T) + 1e-12 * np.eye(9))
     fid = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root.real)
@@ -38,7 +38,7 @@ def test_weights_in_the_cache_are_taken_only_if_they_are_what_their_name_says(mo
     # of an empty file, by the definition of SHA-256
     monkeypatch.setattr(module, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-e3b0c442.pth")
     (folder / "weights-e3b0c442.pth").write_bytes(b"")
-    assert inception_distances.inception_weights() == folder / "weights-e3b0c442.pth"
+    assert inception.inception_weights() == folder / "weights-e3b0c442.pth"
     (folder / "weights-e3b0c442.pth").write_bytes(b"x")
-    with pytest.raises(inception_distances.MissingWeights, match="damaged"):
-        inception_distances.inception_weights()
+    with pytest.raises(inception.MissingWeights, match="damaged"):
+        inception.inception_weights()

@@ -9,8 +9,7 @@ from scipy import integrate, stats
 from torch import nn
 
 from diffusion import DDPMScheduler
-from errors import UserError
-from likelihood import decoder_nll, decoder_std, timestep_strata, variational_bound
+from lab.evaluation.likelihood import decoder_nll, decoder_std, timestep_strata, variational_bound
 
 T, S = 50, 0.2  # timesteps, and the standard deviation of the data
 
@@ -245,7 +244,7 @@ def test_a_class_is_told_to_a_model_that_has_classes(scheduler):
     told = variational_bound(model, scheduler, x_0, labels, batch_size=4).total
     assert torch.allclose(told[labels == 0], plain[labels == 0])
     assert (told[labels == 1] > plain[labels == 1] + 0.1).all()
-    with pytest.raises(UserError, match="labels"):
+    with pytest.raises(ValueError, match="labels"):
         variational_bound(model, scheduler, x_0)
-    with pytest.raises(UserError, match="at least 2"):
+    with pytest.raises(ValueError, match="at least 2"):
         variational_bound(model, scheduler, x_0[:1], labels[:1])

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from errors import UserError
-from liquid_ablations import ABLATIONS, FixedTauLiquid, PooledLiquid, UntiedLiquid
+from baselines import ABLATIONS, FixedTauLiquid, PooledLiquid, UntiedLiquid
 from liquid_diffusion import TrueLiquidDiffusionModel
 from models import ARMS, build_model, count_parameters, multiply_adds
 
@@ -57,7 +56,7 @@ def test_untied_steps_with_equal_weights_are_the_tied_model():
     x = torch.randn(2, 3, 16, 16)
     assert torch.allclose(outputs_of(tied, x), outputs_of(untied, x), atol=1e-5)
     assert multiply_adds(tied, (3, 16, 16)) == multiply_adds(untied, (3, 16, 16))
-    with pytest.raises(UserError, match="zeros"):
+    with pytest.raises(ValueError, match="zeros"):
         untied(x, torch.zeros(2, dtype=torch.long), tuple(torch.zeros(2, 8, s, s) for s in (4, 8, 16)))
 
 
@@ -71,6 +70,6 @@ def test_one_step_skips_the_recurrence():
 def test_an_untied_model_cannot_be_solved_otherwise(change):
     """Its steps are layers with weights of their own."""
     model = build_model("true:untied")
-    with pytest.raises(UserError, match="untied"):
+    with pytest.raises(ValueError, match="untied"):
         model.set_solver(**change)
     model.set_solver("euler", (3, 5, 7))

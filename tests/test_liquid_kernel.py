@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import liquid_kernel
-from benchmark_peers import TorchdiffeqCell
-from hardware import compiled
-from liquid_ablations import FixedTauCell
-from liquid_diffusion import STEP_SHARE, RealLiquidCell, TrueLiquidDiffusionModel
+from baselines import FixedTauCell
+from kernels import liquid_kernel
+from kernels.compilation import compiled
+from lab.benchmark.peers import TorchdiffeqCell
+from liquid_diffusion import STEP_FRACTION, RealLiquidCell, TrueLiquidDiffusionModel
 
 resource = pytest.importorskip("resource")
 needs_kernel = pytest.mark.skipif(not liquid_kernel.available(), reason="no AMX, or no C++ compiler")
@@ -68,7 +68,7 @@ def error(x, y):
         ((1, 32, 28, 28), 1, True),
     ],
 )
-@pytest.mark.parametrize("solver", STEP_SHARE)
+@pytest.mark.parametrize("solver", STEP_FRACTION)
 def test_output_and_gradients_are_those_of_double_precision_within_bf16(shape, num_steps, carried, solver):
     tensors, gradient = inputs(shape, carried=carried)
     exact = with_gradients(by_torch, [x if x is None else x.double() for x in tensors], gradient, num_steps, solver)

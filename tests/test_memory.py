@@ -3,15 +3,17 @@
 import pytest
 import torch
 
+from baselines import MemoryLiquid
 from diffusion import DDPMScheduler, sample_images
-from evaluation import eps_mse
-from image_data import held_out_bank, load_images, memory_noise
-from liquid_ablations import MemoryLiquid
+from images.batches import held_out_bank, memory_noise
+from images.datasets import load_images
+from lab.evaluation.measures import eps_mse
 from liquid_diffusion import TrueLiquidDiffusionModel
-from models import build_model, load_model
-from train_config import TrainConfig
-from training import train
-from validation import held_out_loss
+from models import build_model
+from training.checkpoint import load_model
+from training.config import TrainConfig
+from training.loop import train
+from training.validation import held_out_loss
 
 
 class Recorder(torch.nn.Module):
@@ -101,11 +103,14 @@ def stop_half_way(progress: float) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_model_with_memory_trains_resumes_and_is_measured_with_and_without(precision, tmp_path):
+def test_a_model_with_memory_trains_resumes_and_is_measured_with_and_without(precision, tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out_bank, "__defaults__", (100,))
+
     def config(folder, steps):
         return TrainConfig(
-            model="true:memory", dataset="digits", epochs=None, steps=steps, batch_size=8, timesteps=50, lr=0.01,
-            precision=precision, device="cpu", output_dir=str(folder), log_every=1, save_every=4, sample_every=8,
+            model="true:memory", model_config={"channels": (8, 8, 8)}, dataset="digits", epochs=None, steps=steps,
+            batch_size=8, timesteps=50, lr=0.01, precision=precision, device="cpu", output_dir=str(folder),
+            log_every=1, save_every=4, sample_every=8, draw_grids=False,
         )  # fmt: skip
 
     whole = train(config(tmp_path / "whole", 8))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from checkpoint import save_model
-from errors import UserError
-from models import ARMS, MODELS, build_model, complete_config, count_parameters, load_model, multiply_adds
+from models import ARMS, MODELS, build_model, complete_config, count_parameters, multiply_adds
+from runtime.errors import UserError
+from training.checkpoint import load_model, save_model
 
 REBUILD = {
     "model": "true",

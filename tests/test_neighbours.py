@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-import neighbours as module
-from neighbours import comparison, nearest
+from lab.evaluation import neighbours as module
+from lab.evaluation.neighbours import nearest, picture_of_neighbours
 
 
 def noise(count: int, seed: int, side: int = 8) -> torch.Tensor:
@@ -60,21 +60,22 @@ def test_one_pixel_that_differs_is_measured():
     assert nearest(image, train, 1).distance.item() == pytest.approx((1 / 192) ** 0.5)
 
 
-def test_the_comparison_has_the_image_a_blank_and_what_was_found():
+def test_the_picture_has_the_image_a_blank_and_what_was_found():
     images, train = noise(4, 0), noise(10, 1)
     images[2] = train[7].flip(2)
     found = nearest(images, train, 2, mirror=True)
-    grid = ((comparison(images, train, found) + 1) * 127.5).round().byte().unflatten(0, (4, 4))
+    grid = ((picture_of_neighbours(images, train, found) + 1) * 127.5).round().byte().unflatten(0, (4, 4))
     assert torch.equal(grid[:, 0], images)
     assert (grid[:, 1] == 255).all()
     assert torch.equal(grid[2, 2], images[2])  # drawn mirrored, as it was matched
     plain = nearest(images, train, 2)
-    assert torch.equal(((comparison(images, train, plain) + 1) * 127.5).round().byte()[3], train[plain.index[0, 1]])
+    grid = ((picture_of_neighbours(images, train, plain) + 1) * 127.5).round().byte()
+    assert torch.equal(grid[3], train[plain.index[0, 1]])
 
 
 def test_fewer_training_images_than_asked_for_leave_blanks():
     images, train = noise(5, 0), noise(1, 1)
     found = nearest(images, train, 3)
     assert found.index.shape == (5, 1)
-    grid = comparison(images, train, found).unflatten(0, (5, 5))
+    grid = picture_of_neighbours(images, train, found).unflatten(0, (5, 5))
     assert (grid[:, 3:] == 1).all() and not (grid[:, 2] == 1).all()

@@ -1,7 +1,6 @@
 """Quality against ODE work: the figures are those of a model built so, and finer solvers agree with each other."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,13 +9,13 @@ from conftest import call, trained
 from PIL import Image
 
 import evaluate
-import evaluation
 from diffusion import DDPMScheduler
-from image_data import held_out_bank, load_images
+from images.batches import held_out_bank
+from images.datasets import load_images
+from lab.evaluation.ode_work import num_points, ode_work, save_ode_work
 from liquid_diffusion import SOLVERS, TrueLiquidDiffusionModel
 from models import multiply_adds
-from ode_work import num_points, ode_work, save_ode_work
-from validation import held_out_loss
+from training.validation import held_out_loss
 
 SHAPE = {"in_channels": 1, "channels": (8, 4, 4)}
 SCHEDULER = DDPMScheduler(20)
@@ -25,7 +24,7 @@ SCHEDULER = DDPMScheduler(20)
 @pytest.fixture(scope="module")
 def bank():
     whole = held_out_bank(load_images("digits", "unused"), 20)
-    return type(whole)(**{name: values[:100] for name, values in vars(whole).items()})
+    return type(whole)(**{name: values[:50] for name, values in vars(whole).items()})
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def test_finer_steps_of_every_solver_approach_the_adaptive_one(points):
 
 def test_the_model_is_left_as_it_was(network, bank):
     network.set_solver("exponential", (2, 3, 4))
-    ode_work(network, SCHEDULER, bank)
+    ode_work(network, SCHEDULER, type(bank)(**{name: values[:2] for name, values in vars(bank).items()}))
     cells = network.processor.cells.values()
     assert [(cell.solver, cell.num_steps) for cell in cells] == [("exponential", n) for n in (2, 3, 4)]
     network.set_solver("euler", (3, 5, 7))
@@ -75,8 +74,7 @@ def test_the_plot_has_a_line_for_every_solver(points, tmp_path):
 
 
 def test_the_command_writes_figures_and_plot_and_refuses_what_has_no_ode(tmp_path, monkeypatch):
-    for module in (evaluate, evaluation):
-        monkeypatch.setattr(module, "held_out_bank", partial(held_out_bank, size=64))
+    monkeypatch.setattr(held_out_bank, "__defaults__", (30,))
     quick = ["--device", "cpu", "--precision", "fp32", "--timesteps", 8, "--batch-size", 16]
     run = trained(tmp_path, "--dataset", "digits", "--steps", 2, options=quick)
     few = ["--device", "cpu", "--num-images", 16, "--steps", 2, "--bound-images", 2]

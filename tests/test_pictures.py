@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from errors import RunFailed
-from pictures import save_gif, save_grid, save_loss_curves
+from images.pictures import save_gif, save_grid, save_loss_curves
+from runtime.errors import RunFailed
 
 
 def test_a_grid_shows_every_image_in_its_place_enlarged(tmp_path):

@@ -8,49 +8,72 @@ import torch
 from conftest import call, rows, trained
 
 import train as train_command
-from hardware import Processes
-from image_data import held_out_bank, load_images
-from models import build_model, load_model, multiply_adds, training_multiply_adds
-from train_config import TrainConfig
-from train_state import untrained
-from training import train
-from training_step import gradient_function, ode_step_share, take_step
-from validation import held_out_loss
+from images.batches import held_out_bank, random_generator
+from images.datasets import load_images
+from liquid_diffusion import STEP_MULTIPLES
+from models import build_model, multiply_adds, training_multiply_adds
+from runtime.processes import Processes
+from training.checkpoint import load_model
+from training.config import TrainConfig
+from training.loop import train
+from training.state import untrained
+from training.step import TrainStep
+from training.validation import held_out_loss
 
 DIGITS = load_images("digits", "data")
 CONFIG = TrainConfig(dataset="digits", batch_size=8, device="cpu", precision="fp32", compile="off", timesteps=40)
 CPU = torch.device("cpu")
 
 
-def test_half_to_four_times_the_steps_come_in_their_shares_and_depend_on_seed_and_number_alone():
-    drawn = [ode_step_share(0, number) for number in range(4000)]
-    assert drawn[:50] == [ode_step_share(0, number) for number in range(50)]
-    assert drawn != [ode_step_share(1, number) for number in range(4000)]
+STEPS = {0.5: (2, 3, 4), 1: (3, 5, 7), 2: (6, 10, 14), 4: (12, 20, 28)}
+
+
+def drawn_steps(seed: int, count: int) -> list[tuple[int, ...]]:
+    """The ODE steps that a model draws for the batches of a run with this seed."""
+    model, found = build_model("true", channels=(4, 4, 4), random_steps=True), []
+    for number in range(count):
+        model.draw_steps(random_generator("cpu", seed, number, stream=3))
+        found.append(model.current_steps())
+    return found
+
+
+def test_half_to_four_times_the_steps_come_with_their_probabilities_and_depend_only_on_seed_and_number():
+    drawn = drawn_steps(0, 4000)
+    assert drawn[:50] == drawn_steps(0, 50)
+    assert drawn[:50] != drawn_steps(1, 50)
     count = Counter(drawn)
-    assert count.keys() == {0.5, 1, 2, 4}
-    for share, chance in ((0.5, 0.2), (1, 0.4), (2, 0.2), (4, 0.2)):
-        assert count[share] == pytest.approx(4000 * chance, abs=4 * (4000 * chance * (1 - chance)) ** 0.5)
+    assert count.keys() == set(STEPS.values())
+    for multiple, probability in STEP_MULTIPLES.items():
+        expected = 4000 * probability
+        assert count[STEPS[multiple]] == pytest.approx(expected, abs=4 * (expected * (1 - probability)) ** 0.5)
+
+
+def test_only_training_draws_steps_and_only_with_random_steps():
+    fixed, random = (build_model("true", channels=(4, 4, 4), random_steps=one) for one in (False, True))
+    for model in (fixed, random.eval()):
+        for number in range(20):
+            model.draw_steps(random_generator("cpu", 0, number, stream=3))
+            assert model.current_steps() == (3, 5, 7)
 
 
 def test_a_training_step_is_that_of_a_model_with_the_drawn_number_of_steps():
-    shares = [ode_step_share(0, number) for number in range(8)]
-    assert len(set(shares)) == 4
-    fixed_steps = {0.5: (2, 3, 4), 1: (3, 5, 7), 2: (6, 10, 14), 4: (12, 20, 28)}
+    drawn = drawn_steps(0, 8)
+    assert len(set(drawn)) == 4
     scheduler, state = untrained(replace(CONFIG, model_config={"random_steps": True}), DIGITS, CPU)
-    for number, share in enumerate(shares):
+    for number, steps in enumerate(drawn):
         before = {name: value.clone() for name, value in state.model.state_dict().items()}
-        fixed_config = replace(CONFIG, model_config={"ode_steps": fixed_steps[share]})
+        fixed_config = replace(CONFIG, model_config={"ode_steps": steps})
         _, fixed = untrained(fixed_config, DIGITS, CPU)
         fixed.model.load_state_dict(before)
         fixed.step = number
         loss_before = state.loss_sum.clone()
         for one, config in ((fixed, fixed_config), (state, CONFIG)):
-            gradient = gradient_function(one, scheduler, config, Processes(CPU))
-            take_step(gradient, one, scheduler, DIGITS, config, Processes(CPU), 0.0)
+            TrainStep(config, DIGITS, scheduler, one, Processes(CPU))(0.0)
         assert (state.loss_sum - loss_before).item() == pytest.approx(fixed.loss_sum.item(), rel=1e-5)
 
 
-def test_a_run_is_measured_saved_and_read_with_the_model_s_own_steps(tmp_path):
+def test_a_run_is_measured_saved_and_read_with_the_model_s_own_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out_bank, "__defaults__", (100,))
     run = trained(tmp_path, "--random-ode-steps", "--steps", 12)
     model, scheduler, about = load_model(run)
     assert about["model_config"]["random_steps"] is True

@@ -7,9 +7,8 @@ import pytest
 import torch
 from scipy import ndimage, stats
 
-import sliced_wasserstein as module
-from errors import UserError
-from sliced_wasserstein import (
+from lab.evaluation import sliced_wasserstein as module
+from lab.evaluation.sliced_wasserstein import (
     DIRECTIONS,
     PATCHES,
     downsample,
@@ -154,7 +153,7 @@ def test_a_set_of_one_colour_is_measured():
 
 
 def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(UserError, match=r"\(4, 3, 32, 32\) and \(5, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(4, 3, 32, 32\) and \(5, 3, 32, 32\)"):
         sliced_wasserstein(noise(5, 3, 32, 0), [noise(4, 3, 32, 0)])
-    with pytest.raises(UserError, match="7x7"):
+    with pytest.raises(ValueError, match="7x7"):
         sliced_wasserstein(noise(5, 3, 4, 0), [noise(5, 3, 4, 1)])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-import speed
-from image_data import load_images
-from train_config import TrainConfig
+from images.datasets import load_images
+from lab import speed
+from runtime.hardware import machine_name
+from training.config import TrainConfig
 
 
 def test_the_rate_is_images_over_time_and_the_models_take_turns(monkeypatch):
@@ -13,12 +14,15 @@ def test_the_rate_is_images_over_time_and_the_models_take_turns(monkeypatch):
     clock, order = [0.0], []
     data = load_images("digits", "unused")
 
-    def take_step(gradient, state, *_, **__):
-        name = state.about["model"]
-        order.append(name)
-        clock[0] += 0.5 if name == "inspired" else 20.0 if order.count("true") == 3 else 2.0
+    class Step:
+        def __init__(self, config, *_):
+            self.name = config.model
 
-    monkeypatch.setattr(speed, "take_step", take_step)
+        def __call__(self, progress):
+            order.append(self.name)
+            clock[0] += 0.5 if self.name == "inspired" else 20.0 if order.count("true") == 3 else 2.0
+
+    monkeypatch.setattr(speed, "TrainStep", Step)
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
     configs = {name: TrainConfig(model=name, dataset="digits", batch_size=8) for name in ("true", "inspired")}
     rates = speed.training_rates(configs, data, torch.device("cpu"))
@@ -36,5 +40,5 @@ def test_a_real_step_is_timed(monkeypatch):
 
 
 def test_the_machine_is_named_with_its_threads():
-    name = speed.machine_name(torch.device("cpu"))
+    name = machine_name(torch.device("cpu"))
     assert name.endswith(f", {torch.get_num_threads()} threads") and len(name) > len(", 1 threads")

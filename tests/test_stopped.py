@@ -1,11 +1,11 @@
 """Runs that are killed or told to stop: at most the work since the last save is lost."""
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from conftest import (
     TINY,
     ForkedCommand,
     call,
+    light_records,
     refused,
     rows,
     run_forked,
@@ -25,7 +26,7 @@ from conftest import (
 )
 
 import train
-from checkpoint import read_model, read_resume
+from training.checkpoint import read_model, read_resume
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults are made with Linux's means")
 
@@ -40,14 +41,26 @@ def same_run(whole: Path, part: Path) -> None:
     assert [[row[c] for c in columns] for row in rows(whole)] == [[row[c] for c in columns] for row in rows(part)]
 
 
-def test_killed_at_twenty_moments_a_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
-    options = [*TINY, "--batch-size", 4, *EVERY, "--steps", 400]
-    whole = trained(tmp_path / "whole", "--batch-size", 4, "--log-every", 1, "--sample-every", 1000, "--steps", 400)
+# a log line every 7 steps, so that an interruption falls between two of them but for one time in seven
+STEPS = 150  # of 16 images, past the first epoch's end at step 110
+OPTIONS = [*TINY, "--steps", STEPS, "--log-every", 7, "--sample-every", 1000]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    """A run with these options from its start to its end."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    done = run_forked("train.py", *OPTIONS, "--output-dir", folder, prepare=light_records)
+    assert done.returncode == 0, done.stderr
+    return folder / "00000-true-digits"
+
+
+def test_killed_at_twenty_moments_a_run_ends_with_the_bits_of_one_that_was_not(uninterrupted, tmp_path):
     moments = random.Random(0)
-    arguments, saved_at, steps = [*options, "--output-dir", tmp_path / "part"], 0, []
+    arguments, saved_at, steps = [*OPTIONS, "--save-every", 1, "--output-dir", tmp_path], 0, []
+    checkpoint = tmp_path / "00000-true-digits/checkpoint.pt"
     for _ in range(20):
         process = ForkedCommand("train.py", *arguments)
-        checkpoint = tmp_path / "part/00000-true-digits/checkpoint.pt"
         wait_for(lambda: checkpoint.exists() and checkpoint.stat().st_mtime_ns > saved_at, process)  # noqa: B023
         time.sleep(moments.uniform(0, 0.08))  # a few steps, half of whose time goes into saving
         process.kill()
@@ -56,16 +69,16 @@ def test_killed_at_twenty_moments_a_run_ends_with_the_bits_of_one_that_was_not(t
         read_model(checkpoint.parent)
         steps.append(read_resume(checkpoint)["step"])
         arguments = ["--resume", checkpoint.parent]
-    assert steps == sorted(set(steps)) and steps[-1] < 400, steps  # each run went on, and none had come to its end
-    done = run_forked("train.py", *arguments)
+    assert steps == sorted(set(steps)) and steps[-1] < STEPS, steps  # each run went on, and none had come to its end
+    done = run_forked("train.py", *arguments, prepare=light_records)
     assert done.returncode == 0, done.stderr
-    same_run(whole, checkpoint.parent)
+    same_run(uninterrupted, checkpoint.parent)
     assert not temporary_files(tmp_path)
 
 
-def test_a_run_killed_between_its_two_files_goes_on_from_the_older(tmp_path, monkeypatch):
+def test_a_run_killed_between_its_two_files_goes_on_from_the_older(light, tmp_path):
     whole = trained(tmp_path / "whole", *EVERY, "--steps", 6)
-    part = trained(tmp_path / "part", *EVERY, "--steps", 6)
+    part = shutil.copytree(whole, tmp_path / "part")
     before = (part / "checkpoint.pt").read_bytes()
     code, _, err = call(train, "--resume", part, "--steps", 8)
     assert code == 0, err
@@ -76,37 +89,34 @@ def test_a_run_killed_between_its_two_files_goes_on_from_the_older(tmp_path, mon
     same_run(whole, part)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> tuple[Path, list]:
-    """A run and its options: 300 steps of 16 images, past the first epoch's end at step 110."""
-    # a log line every 7 steps, so that an interruption falls between two of them but for one time in seven
-    options = ["--steps", 300, "--log-every", 7, "--save-every", 1000, "--sample-every", 1000]
-    return trained(tmp_path_factory.mktemp("uninterrupted"), *options), options
+def test_a_run_stopped_by_each_signal_saves_and_goes_on_bit_for_bit(uninterrupted, tmp_path):
+    arguments, run = [*OPTIONS, "--output-dir", tmp_path], tmp_path / "00000-true-digits"
+    metrics, wanted = run / "metrics.csv", 0
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        wanted += 3  # lines of figures
+        process = ForkedCommand("train.py", *arguments, prepare=light_records)
+        wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > wanted, process)  # noqa: B023
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 130, (number, errors)
+        step = read_resume(run / "checkpoint.pt")["step"]
+        assert 7 * wanted <= step < STEPS
+        said = errors.strip().splitlines()[-1]
+        assert said == f"train.py: interrupted: step {step} is saved; go on with --resume {run}", number
+        arguments = ["--resume", run]
+    done = run_forked("train.py", *arguments, prepare=light_records)
+    assert done.returncode == 0, done.stderr
+    same_run(uninterrupted, run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_a_stopped_run_saves_and_goes_on_bit_for_bit(number, uninterrupted, tmp_path):
-    whole, options = uninterrupted
-    process = ForkedCommand("train.py", *TINY, *options, "--output-dir", tmp_path)
-    metrics = tmp_path / "00000-true-digits/metrics.csv"
-    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    part = metrics.parent
-    step = read_resume(part / "checkpoint.pt")["step"]
-    assert 21 <= step < 300
-    said = errors.strip().splitlines()[-1]
-    assert said == f"train.py: interrupted: step {step} is saved; go on with --resume {part}"
-    code, _, err = call(train, "--resume", part)
-    assert code == 0, err
-    same_run(whole, part)
+def as_under_nohup() -> None:
+    light_records()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def test_a_signal_that_was_ignored_from_the_start_stays_ignored(tmp_path):
     """As under nohup: closing the terminal does not stop the run."""
-    ignored = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
-    process = ForkedCommand("train.py", *TINY, *EVERY, "--steps", 40, "--output-dir", tmp_path, prepare=ignored)
+    process = ForkedCommand("train.py", *TINY, *EVERY, "--steps", 40, "--output-dir", tmp_path, prepare=as_under_nohup)
     wait_for(lambda: list(tmp_path.glob("*/checkpoint.pt")), process)
     process.send_signal(signal.SIGHUP)
     _, errors = process.communicate(timeout=120)
@@ -122,7 +132,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     step = read_resume(run / "checkpoint.pt")["step"] + 1
-    done = run_forked("train.py", "--resume", run, "--steps", step)  # now it may
+    done = run_forked("train.py", "--resume", run, "--steps", step, prepare=light_records)  # now it may
     assert done.returncode == 0, done.stderr
     assert [int(row["step"]) for row in rows(run)] == sorted({int(row["step"]) for row in rows(run)})
 

@@ -1,18 +1,23 @@
 """Where a command runs: permissions, locale, current folder, home, clock, and neighbours that start when it does."""
 
 import ctypes
+import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, call, refused, rows, run_command, run_forked, trained
 from PIL import Image
 
 import train
-from checkpoint import make_run_folder, read_model
+from training.checkpoint import read_model
+from training.run_folder import make_run_folder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults are made with Linux's means")
 
@@ -37,6 +42,36 @@ def unprivileged():
     except subprocess.SubprocessError:
         pytest.skip("root here may not give up its privileges")
     return without_privileges
+
+
+IN_TURN = """
+import runpy, sys
+words = sys.argv[1:] + ["then"]
+while words:
+    end = words.index("then")
+    sys.argv, words = words[:end], words[end + 1 :]
+    sys.path[0] = sys.argv[0].rpartition("/")[0]
+    code = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as left:
+        code = left.code
+    for stream in (sys.stdout, sys.stderr):
+        print("left with", code, file=stream)
+"""
+
+
+def run_in_turn(script: Path, *arguments, **options) -> list[subprocess.CompletedProcess]:
+    """As `run_command`, for the commands between the words "then", one after the other in one fresh interpreter.
+
+    script: where to put the program that does it.
+    """
+    script.write_text(IN_TURN)
+    done = run_command(script, *arguments, **options)
+    assert done.returncode == 0, done.stderr
+    outs, errs = (re.split(r"left with (\d+)\n", text) for text in (done.stdout, done.stderr))
+    parts = zip(map(int, outs[1::2]), outs[::2], errs[::2], strict=False)
+    return [subprocess.CompletedProcess([], *part) for part in parts]
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_before_the_data_are_read(unprivileged, whole_run, tmp_path):
@@ -68,13 +103,19 @@ def test_images_without_read_permission_are_named_and_counted(unprivileged, tmp_
     refused(run_forked("train.py", *options, prepare=unprivileged), str(tmp_path / "closed"))
 
 
-def test_an_output_folder_is_made_and_a_file_in_its_way_is_named(tmp_path):
+def test_an_output_folder_is_made_and_a_file_in_its_way_is_named(light, tmp_path):
     assert trained(tmp_path / "a/b/c", "--steps", 1).parent == tmp_path / "a/b/c"
     (tmp_path / "file").write_text("kept")
     for place in (tmp_path / "file", tmp_path / "file/runs", tmp_path / ("x" * 5000)):
         code, _, err = call(train, *TINY, "--output-dir", place)
         assert code == 2 and err.count("\n") == 1 and "--output-dir" in err, err
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def as_ascii() -> None:
+    """As with PYTHONIOENCODING=ascii."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="ascii")
 
 
 def test_any_locale_and_any_script_will_do(tmp_path):
@@ -84,11 +125,11 @@ def test_any_locale_and_any_script_will_do(tmp_path):
         Image.new("RGB", (32, 32)).save(folder / name)
     Image.new("RGB", (32, 32)).save(os.fsencode(folder) + b"/\xff\xfe.png")  # not UTF-8
     (folder / "сломан.png").write_bytes(b"broken")
-    options = ["--dataset", "folder", "--data-dir", folder, "--output-dir", tmp_path / "выход", "--class-conditional"]
-    options += ["--steps", 1, "--batch-size", 2, "--timesteps", 2, "--precision", "fp32"]
+    command = [ROOT / "train.py", "--dataset", "folder", "--data-dir", folder, "--output-dir", tmp_path / "выход"]
+    command += ["--class-conditional", "--steps", 1, "--batch-size", 2, "--timesteps", 2, "--precision", "fp32"]
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    refused(run_command("train.py", *options, **plain), "--skip-bad-images", "1 of 6 images")
-    done = run_command("train.py", *options, "--skip-bad-images", **plain)
+    with_bad, done = run_in_turn(tmp_path / "a.py", *command, "then", *command, "--skip-bad-images", **plain)
+    refused(with_bad, "--skip-bad-images", "1 of 6 images")
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "выход").iterdir()
     # such a process knows bytes, not letters; it keeps them
@@ -99,7 +140,8 @@ def test_any_locale_and_any_script_will_do(tmp_path):
     }
     (skipped,) = json.loads((run / "config.json").read_text())["skipped_images"]
     assert os.fsencode(skipped.split(": ")[0]).endswith("сломан.png".encode())
-    done = run_command("sample.py", "--checkpoint", run, "--output", tmp_path / "снимок.png", PYTHONIOENCODING="ascii")
+    options = ["--checkpoint", run, "--output", tmp_path / "снимок.png"]
+    done = run_forked("sample.py", *options, prepare=as_ascii)
     assert done.returncode == 0 and (tmp_path / "снимок.png").exists(), done.stderr
 
 
@@ -108,23 +150,28 @@ def test_no_home_a_read_only_source_tree_and_another_current_folder_will_do(unpr
     source.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, source)
-    shutil.copytree(ROOT / "pretrained", source / "pretrained")
-    for folder in (source, source / "pretrained"):
-        folder.chmod(0o555)
+    for name in ("images", "kernels", "lab", "pretrained", "runtime", "training"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder, _, _ in os.walk(source):
+        os.chmod(folder, 0o555)
     (tmp_path / "elsewhere").mkdir()
     there = {"cwd": tmp_path / "elsewhere", "prepare": unprivileged, "HOME": "/nonexistent", "TZ": "Nowhere/No"}
-    done = run_command(source / "train.py", *TINY, "--steps", 1, **there)
-    assert done.returncode == 0, done.stderr
-    done = run_command(source / "sample.py", "--num-images", 1, "--steps", 2, **there)
-    assert done.returncode == 0, done.stderr
+    training = [source / "train.py", *TINY, "--steps", 1]
+    drawing = [source / "sample.py", "--num-images", 1, "--steps", 2]
+    for done in run_in_turn(tmp_path / "a.py", *training, "then", *drawing, **there):
+        assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"runs", "samples.png"}
 
 
-def test_a_clock_that_runs_backwards_changes_nothing(whole_run, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import itertools, time\nc = itertools.count()\n"
-                                               "time.time = lambda: 1e9 - 3600 * next(c)\n")  # fmt: skip
-    options = [*TINY, "--steps", 60, "--sample-every", 40, "--save-every", 7, "--output-dir", tmp_path / "runs"]
-    done = run_command("train.py", *options, PYTHONPATH=str(tmp_path))
+def backwards() -> None:
+    """The clock goes back by an hour whenever somebody looks at it."""
+    past = itertools.count()
+    time.time = lambda: 1e9 - 3600 * next(past)
+
+
+def test_a_clock_that_runs_backwards_changes_nothing(light, whole_run, tmp_path):
+    options = ["--steps", 60, "--sample-every", 40, "--save-every", 7, "--output-dir", tmp_path / "runs"]
+    done = run_forked("train.py", *TINY, *options, prepare=backwards)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()

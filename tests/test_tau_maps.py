@@ -6,11 +6,11 @@ from conftest import call
 from PIL import Image
 
 import sample
-from checkpoint import save_model
 from diffusion import DDPMScheduler, sample_images
+from lab.evaluation.tau_maps import record, save_tau_maps
 from liquid_diffusion import TrueLiquidDiffusionModel
 from models import complete_config
-from tau_maps import record, save_tau_maps
+from training.checkpoint import save_model
 
 SCHEDULER = DDPMScheduler(20)
 
@@ -29,7 +29,7 @@ def test_the_maps_are_the_time_constants_that_the_state_decays_with():
     def decay_of_ones(cell, inputs, _):
         decays.append(cell.integrate(torch.ones(2, 8, 16, 16), *cell.drive_and_tau(*inputs[:2])))
 
-    network.processor.cells["detail"].register_forward_hook(decay_of_ones)
+    network.processor.detail_cell.register_forward_hook(decay_of_ones)
     maps = record(network, SCHEDULER, (3, 16, 16), 2, steps=5)
     assert len(maps.x_0) == len(maps.noise) == len(maps.tau["detail"]) == 5
     for decay, tau in zip(decays, maps.tau["detail"], strict=True):

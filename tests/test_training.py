@@ -4,17 +4,17 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from checkpoint import read_resume
 from diffusion import DDPMScheduler
-from errors import UserError
-from hardware import choose_device
-from image_data import Batch, ImageData, held_out_bank, load_images, to_float
-from models import load_model
-from train_config import TrainConfig
-from train_state import TrainState, ema_decay
-from training import train
-from training_step import learning_rate
-from validation import held_out_loss
+from images.batches import Batch, held_out_bank, to_float
+from images.datasets import ImageData, load_images
+from runtime.errors import UserError
+from runtime.hardware import choose_device
+from training.checkpoint import load_model, read_resume
+from training.config import TrainConfig
+from training.loop import train
+from training.state import TrainState, ema_decay
+from training.step import learning_rate
+from training.validation import held_out_loss
 
 
 def wiener_loss(data: ImageData, scheduler: DDPMScheduler, bank: Batch) -> float:

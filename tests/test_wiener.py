@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from diffusion import DDPMScheduler
-from image_data import ImageData, held_out_bank, load_images, to_float
-from validation import held_out_loss
-from wiener import WienerDenoiser, fit_wiener
+from images.batches import held_out_bank, to_float
+from images.datasets import ImageData, load_images
+from lab.comparison.wiener import WienerDenoiser, fit_wiener
+from training.validation import held_out_loss
 
 
 def test_for_gaussian_data_it_is_the_conditional_mean():

@@ -1,0 +1,98 @@
+"""The pictures that the commands write: grids of images, animations and loss curves."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from runtime.errors import RunFailed
+from runtime.files import atomic_path, save_figure
+
+GAP, CAPTION = 16, 28  # pixels between two grids, and above a grid for its name
+SMALLEST_SIDE = 64  # pixels; the images of a grid are enlarged to about this side, so that a person sees them
+
+
+def grid_image(images: Tensor, columns: int | None = None) -> Image.Image:
+    """A grid of images (N, C, H, W) in [-1, 1], enlarged by a whole factor; about square unless `columns` is given.
+
+    Raises RunFailed if a value is not finite, since such an image would be drawn black.
+    """
+    if not torch.isfinite(images).all():
+        raise RunFailed("the images have values that are not finite; no picture was written")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows, (height, width) = math.ceil(len(images) / columns), images.shape[-2:]
+    pixels = ((images.clamp(-1, 1) + 1) / 2 * 255).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    picture = Image.new("RGB", (columns * (width + 1) + 1, rows * (height + 1) + 1), "white")
+    for i, image in enumerate(pixels):
+        picture.paste(Image.fromarray(image), (i % columns * (width + 1) + 1, i // columns * (height + 1) + 1))
+    zoom = max(1, SMALLEST_SIDE // images.shape[-1])
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+
+
+def grids_beside(grids: dict[str, Tensor]) -> Image.Image:
+    """Grids of images (N, C, H, W) in [-1, 1] side by side, each under its name; a single grid has no name."""
+    pictures = [grid_image(images) for images in grids.values()]
+    if len(pictures) == 1:
+        return pictures[0]
+    font = ImageFont.load_default(16)
+    widths = [max(p.width, math.ceil(font.getlength(name))) for name, p in zip(grids, pictures, strict=True)]
+    height = CAPTION + max(picture.height for picture in pictures)
+    whole = Image.new("RGB", (sum(widths) + GAP * (len(widths) - 1), height), "white")
+    text, left = ImageDraw.Draw(whole), 0
+    for name, picture, width in zip(grids, pictures, widths, strict=True):
+        text.text((left + width // 2, CAPTION // 2), name, "black", anchor="mm", font=font)
+        whole.paste(picture, (left, CAPTION))
+        left += width + GAP
+    return whole
+
+
+def save_grid(images: Tensor | dict[str, Tensor], path: Path) -> None:
+    """Write a grid of images (N, C, H, W) in [-1, 1], or several named grids side by side, as PNG."""
+    picture = grids_beside(images) if isinstance(images, dict) else grid_image(images)
+    with atomic_path(path) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def save_gif(frames: Sequence[dict[str, Tensor]], path: Path) -> None:
+    """Write an animation of grids, each frame as for `grids_beside`; the last frame stays for two seconds."""
+    pictures = [grids_beside(frame) for frame in frames]
+    durations = [80] * (len(pictures) - 1) + [2000]
+    with atomic_path(path) as temporary:
+        pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def save_labelled_rows(rows: dict[str, Tensor], path: Path) -> None:
+    """Write rows of images as PNG, each row (N, C, H, W) in [-1, 1] with its label on the left."""
+    from matplotlib.figure import Figure  # no pyplot: it would look for a display
+
+    count = max(map(len, rows.values()))
+    figure = Figure(figsize=(0.9 * count + 2.2, 0.95 * len(rows)), layout="constrained")
+    for axes, (label, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True):
+        axes.imshow(grid_image(images, columns=count), interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(label, rotation=0, ha="right", va="center")
+        axes.spines[:].set_visible(False)
+    save_figure(path, figure, dpi=120)
+
+
+def save_loss_curves(metrics: Path, path: Path) -> None:
+    """Plot the training loss and held-out eps-MSE of a `metrics.csv` against the images seen, as PNG."""
+    from matplotlib.figure import Figure  # no pyplot: it would look for a display
+
+    with open(metrics, newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for column, label, style in (("loss", "training loss", "-"), ("held_out_loss", "held-out eps-MSE (EMA)", "o-")):
+        points = [(int(row["images"]), float(row[column])) for row in rows if row[column]]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
+    axes.set(xlabel="images seen", ylabel="mean squared error", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    if axes.lines:
+        axes.legend()
+    save_figure(path, figure, dpi=120)

@@ -1,0 +1,219 @@
+"""The report of a benchmark as Markdown tables, the most important ratios first, and a plot. Nothing here measures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.files import save_figure
+
+Report = dict[str, Any]
+SAME_OUTPUT = 1e-4  # of the largest value: larger differences do not come from rounding
+
+
+def dig(report: Any, *keys: str) -> Any:
+    """The value under nested keys, or None if it was not measured."""
+    for key in keys:
+        report = report.get(key) if isinstance(report, dict) else None
+    return report
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    """a / b, or None if one of them was not measured."""
+    return a / b if a and b else None
+
+
+def goals(report: Report) -> list[tuple[str, float | None, str]]:
+    """(name, value, unit) of the most important figures; the value is None if its section was left out."""
+    batch = report["settings"]["batch_size"]
+    speed = {arm: dig(part, "images_per_second") for arm, part in report.get("train", {}).items()}
+    cells = {name: dig(part, "seconds") for name, part in (dig(report, "peers", "cell", "peers") or {}).items()}
+    steps = {name: dig(part, "seconds") for name, part in (dig(report, "peers", "train_step") or {}).items()}
+    drawing = {arm: dig(part, "seconds") for arm, part in (dig(report, "sampling", "arms") or {}).items()}
+    limits = dig(report, "floor", "arms", "true") or {}
+    memory = [part for part in (dig(report, "memory", "true") or {}).values() if "peak_bytes" in part]
+    least = min(memory, key=lambda part: part["peak_bytes"], default={})
+    peak, own = least.get("peak_bytes"), least.get("step_bytes")
+    ours = cells.get("ours")
+    drawn = "{images} images in {steps} steps".format(**report["sampling"]) if "sampling" in report else "images"
+    return [
+        (f"training step over its convolutions alone, batch {batch}", limits.get("step_over_floor_convs"), "x"),
+        ("training step over its multiply-adds at matrix rate", limits.get("step_over_matrix_rate"), "x"),
+        ("training step over its convolutions' bytes at copy bandwidth", limits.get("step_over_copy_bandwidth"), "x"),
+        ("training images/s over `unet:38k`'s", ratio(speed.get("true"), speed.get("unet:38k")), "x"),
+        (
+            "training step with cells driven by torchdiffeq, over ours",
+            ratio(steps.get("torchdiffeq"), steps.get("ours")),
+            "x",
+        ),
+        ("detail cell driven by torchdiffeq, over ours", ratio(cells.get("torchdiffeq"), ours), "x"),
+        ("ncps LTC, over our detail cell on the same pixels", ratio(cells.get("ncps ltc"), ours), "x"),
+        ("ncps CfC, over our detail cell on the same pixels", ratio(cells.get("ncps cfc"), ours), "x"),
+        (
+            "ncps CfC unrolled over the ODE steps, over our detail cell",
+            ratio(cells.get("ncps cfc-unrolled"), ours),
+            "x",
+        ),
+        (f"`unet:35.7m` sampling {drawn}, over ours", ratio(drawing.get("unet:35.7m"), drawing.get("true")), "x"),
+        ("a million training images", ratio(1e6, speed.get("true")), "s"),
+        (f"peak memory of a training process, batch {batch}", peak and peak / 2**20, "MiB"),
+        ("of this, the training steps alone", own and own / 2**20, "MiB"),
+        ("`python sample.py`, process start to PNG", dig(report, "start", "seconds"), "s"),
+        ("images/s of two processes over those of one", dig(report, "processes", "two_over_one"), "x"),
+    ]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """A Markdown table, with floats to three digits and None as a dash."""
+
+    def cell(value: object) -> str:
+        if value is None:
+            return "-"
+        if isinstance(value, float):
+            return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *([cell(value) for value in row] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+
+
+def markdown(report: Report) -> str:
+    """The whole report: the conditions, the most important ratios, and one table per section."""
+    settings, versions = report["settings"], report["versions"]
+    side = settings["image_size"]
+    lines = [
+        f"# Benchmark: {report['machine']}",
+        "",
+        f"Device {report['device']}, {report['threads']} CPU threads, load average {report['load_average_at_start']} "
+        f"at the start; {', '.join(f'{name} {version}' for name, version in versions.items())}. Batch "
+        f"{settings['batch_size']}, random images 3x{side}x{side}. Medians over rounds of {settings['seconds']:g} s, "
+        "taken in turn after a warm-up. Every model and cell is shown in its fastest variant of fp32 and bf16"
+        + (" (nothing was compiled)." if settings["no_compile"] else ", as written and compiled."),
+        "",
+        *table(("of the true liquid model", "value", "unit"), goals(report)),
+    ]
+    if (dig(report, "peers", "torchdiffeq_largest_difference") or 0) > SAME_OUTPUT:
+        lines += ["**The cell driven by torchdiffeq gives another output, so its times mean nothing.**", ""]
+    return "\n".join(lines + models(report) + lower_limits(report) + cells(report) + growth(report))
+
+
+def models(report: Report) -> list[str]:
+    """One row per arm: its size, speed and memory."""
+    named: list[str] = [*report.get("train", {}), *(dig(report, "sampling", "arms") or {}), *report.get("memory", {})]
+    arms = dict.fromkeys(named)
+    rows = []
+    for arm in arms:
+        train, draw = (dig(report, *keys, arm) or {} for keys in (("train",), ("sampling", "arms")))
+        peaks = {p: (dig(report, "memory", arm, p, "peak_bytes") or 0) / 2**20 or None for p in ("fp32", "bf16")}
+        timed = (
+            f" ({draw['steps_timed']} steps timed)"
+            if dig(draw, "steps_timed") != dig(report, "sampling", "steps")
+            else ""
+        )
+        rows.append(
+            (f"`{arm}`", train.get("parameters"), train.get("multiply_adds"), train.get("images_per_second"),
+             train.get("best"), draw.get("seconds"), draw.get("best") and draw["best"] + timed, *peaks.values())
+        )  # fmt: skip
+    head = ("model", "parameters", "multiply-adds per image", "training images/s", "variant", "sampling s", "variant")
+    return table((*head, "peak MiB fp32", "peak MiB bf16"), rows) if rows else []
+
+
+def lower_limits(report: Report) -> list[str]:
+    """One row per arm: its training step, its convolutions alone, and the ratios to what the machine could do."""
+    rows = [
+        (f"`{arm}`", part["variant"], 1e3 * part["seconds_a_step"], 1e3 * part["floor_convs_seconds"],
+         part["step_over_floor_convs"], part["step_over_matrix_rate"], part["step_over_copy_bandwidth"])
+        for arm, part in (dig(report, "floor", "arms") or {}).items()
+    ]  # fmt: skip
+    head = ("model", "variant", "training step ms", "convolutions ms", "step over convolutions", "over matrix rate",
+            "over copy bandwidth")  # fmt: skip
+    return table(head, rows) if rows else []
+
+
+def cells(report: Report) -> list[str]:
+    """One row for our detail cell and each of its peers."""
+    about = dig(report, "peers", "cell")
+    if not about:
+        return []
+    ours = about["peers"]["ours"]["seconds"]
+    rows = [
+        (
+            name,
+            part["best"],
+            part["seconds"] and 1e3 * part["seconds"],
+            ratio(part["seconds"], ours),
+            part["pixels_timed"],
+        )
+        for name, part in about["peers"].items()
+    ]
+    what = f"detail cell, {about['inputs']} inputs, {about['units']} units, {about['ode_steps']} steps"
+    head = (
+        what,
+        "variant",
+        f"forward and backward ms, {about['pixels']:,} pixels",
+        "over ours",
+        "pixels timed (scaled to all)",
+    )
+    return table(head, rows)
+
+
+def growth(report: Report) -> list[str]:
+    """Training images/s by batch and image size, and the time of a training step by ODE steps."""
+    lines, found = [], report.get("growth", {})
+    for key, name in (("batch_size", "batch"), ("image_side", "image side")):
+        sizes = found.get(key, {})
+        rows = [
+            [f"`{arm}`", *(dig(sizes, size, arm, "images_per_second") for size in sizes)]
+            for arm in found.get("variants", {})
+        ]
+        lines += table((f"training images/s by {name}", *sizes), rows) if rows else []
+    steps = found.get("ode_steps", {})
+    if steps:
+        rows = [["ms", *(part.get("seconds") and 1e3 * part["seconds"] for part in steps.values())]]
+        lines += table(("training step of `true` by ODE steps", *steps), rows)
+    return lines
+
+
+def save_plot(report: Report, path: Path) -> None:
+    """Plot training speeds, by batch and image size and by ODE steps, as PNG; one panel for each that was measured."""
+    from matplotlib.figure import Figure  # no pyplot: it would look for a display
+
+    found = report.get("growth", {})
+    train = {
+        arm: part["images_per_second"] for arm, part in report.get("train", {}).items() if part["images_per_second"]
+    }
+    panels = [name for name in ("batch_size", "image_side", "ode_steps") if found.get(name)]
+    panels = (["train"] if train else []) + panels
+    if not panels:
+        return
+    figure = Figure(figsize=(11, 3.8 * -(-len(panels) // 2)), layout="constrained")
+    figure.suptitle(report["machine"])
+    for i, panel in enumerate(panels):
+        axes = figure.add_subplot(-(-len(panels) // 2), 2 if len(panels) > 1 else 1, i + 1)
+        axes.grid(alpha=0.3, which="both")
+        axes.set_axisbelow(True)
+        if panel == "train":
+            bars = axes.bar(list(train), list(train.values()), color="tab:blue")
+            axes.bar_label(bars, fmt=lambda value: f"{value:.3g}")
+            axes.set(ylabel="training images/s", yscale="log", title=f"batch {report['settings']['batch_size']}")
+            axes.margins(y=0.15)
+        elif panel == "ode_steps":
+            points = [
+                (sum(map(int, steps.split())), 1e3 * part["seconds"])
+                for steps, part in found[panel].items()
+                if "seconds" in part
+            ]
+            axes.plot(*zip(*points, strict=True), "o-")
+            axes.set(xlabel="ODE steps of the three cells together", ylabel="training step, ms", title="true")
+            axes.set(xlim=(0, None), ylim=(0, None))
+        else:
+            for arm in found["variants"]:
+                rates = {int(size): dig(parts, arm, "images_per_second") for size, parts in found[panel].items()}
+                points = [(size, rate) for size, rate in rates.items() if rate]
+                if points:
+                    axes.plot(*zip(*points, strict=True), "o-", label=arm)
+            axes.set(xlabel=panel.replace("_", " "), ylabel="training images/s", xscale="log", yscale="log")
+            sizes = [int(size) for size in found[panel]]
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+            axes.set_xticks([], minor=True)
+            axes.legend()
+    save_figure(path, figure, dpi=120)

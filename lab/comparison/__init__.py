@@ -1,0 +1,5 @@
+"""The experiment of `compare.py`: several arms, each trained with several seeds, all at the same budget.
+
+In the order to read it: `experiment` (what one training run is), `jobs` (several runs at a time), `verdict` (tables,
+intervals, curves), `wiener` (the best linear denoiser, in closed form).
+"""

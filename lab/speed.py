@@ -1,0 +1,87 @@
+"""How fast models train on this machine: real training steps of several models, timed in turn.
+
+    training_rates({"true": TrainConfig(...), "inspired": TrainConfig(...)}, data, torch.device("cpu"))
+
+Nothing else should run on the machine meanwhile. The models take turns for several rounds, so that a machine that slows
+down slows all of them.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from images.datasets import ImageData
+from runtime.hardware import make_reproducible, synchronize
+from runtime.processes import Processes
+from training.config import TrainConfig
+from training.state import untrained
+from training.step import TrainStep
+
+ROUNDS = 5
+SECONDS = 1.0  # per model and round; a round has at least one step
+SLOW, SLOW_ROUNDS = 10, 3  # a call that takes more than ten times as long as a round has only three rounds
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def training_rates(configs: dict[str, TrainConfig], data: ImageData, device: torch.device) -> dict[str, float]:
+    """Training images per second of each config, timed over whole steps: the median of ROUNDS rounds."""
+    data = data.to(device)
+    steps = {name: train_step(config, data, device) for name, config in configs.items()}
+    rounds = in_turn(steps, device)
+    return {name: configs[name].batch_size / statistics.median(rounds[name]) for name in configs}
+
+
+def in_turn(
+    calls: Mapping[Name, Callable[[], object]],
+    device: torch.device,
+    seconds: float | None = None,
+    *,
+    warmed_up: bool = False,
+) -> dict[Name, list[float]]:
+    """Seconds per call, one value for each of ROUNDS rounds, in which the calls take turns.
+
+    seconds: the length of a round of one call (default: SECONDS). A call that takes more than SLOW times as long has
+    SLOW_ROUNDS rounds. A round ends when the device has finished its work. warmed_up: each was called before.
+    """
+    seconds = SECONDS if seconds is None else seconds
+    for call in [] if warmed_up else calls.values():
+        call()  # the first call compiles, allocates and chooses kernels
+    synchronize(device)
+    rounds: dict[Name, list[float]] = {name: [] for name in calls}
+    for turn in range(ROUNDS):
+        for name, call in calls.items():
+            if turn >= SLOW_ROUNDS and rounds[name][0] > SLOW * seconds:
+                continue
+            count, elapsed, started = 0, 0.0, time.perf_counter()
+            while elapsed < seconds:
+                call()
+                count += 1
+                elapsed = time.perf_counter() - started
+            synchronize(device)
+            rounds[name].append((time.perf_counter() - started) / count)
+    return rounds
+
+
+def train_step(
+    config: TrainConfig,
+    data: ImageData,
+    device: torch.device,
+    *,
+    processes: Processes | None = None,
+    change: Callable[..., object] | None = None,
+) -> Callable[[], float]:
+    """A function that trains a new model by one step, as the training loop does; a GPU may still be busy afterwards.
+
+    change: applied to the model before its first step.
+    """
+    make_reproducible(device)
+    scheduler, state = untrained(config, data, device)
+    if change is not None:
+        change(state.model)
+    step = TrainStep(config, data, scheduler, state, processes or Processes(device))
+    return partial(step, 0.0)

@@ -1,0 +1,52 @@
+"""How a run computes: `auto` precision and compilation, decided by what the processor can do and how long the run is.
+
+The decision uses no stopwatch, so the same command on the same machine gives the same bytes. LOG.md compares it with
+what a stopwatch would have chosen.
+"""
+
+from dataclasses import replace
+
+from diffusion import Denoiser
+from images.datasets import ImageData
+from kernels.compilation import compiler_failure
+from models import training_multiply_adds
+from runtime.errors import reason
+from runtime.hardware import has_bf16
+from runtime.processes import Processes
+from training.config import TrainConfig
+
+# Compiling takes about half a minute on two CPU cores and up to a minute for a GPU. These lengths win it back.
+LONG_WORK = 1e13  # multiply-adds of training on a CPU: about five minutes of two cores
+LONG_STEPS = 6000  # steps on a GPU, where a step that is not compiled waits for its launches
+LONG_MINUTES = {"cpu": 5.0, "cuda": 2.0}
+
+
+def resolved(config: TrainConfig, model: Denoiser, data: ImageData, processes: Processes) -> TrainConfig:
+    """`config` with every `auto` replaced.
+
+    Precision is bf16 where the processor multiplies in bf16. A long run is compiled where compiling works; a network
+    that computes in fp32 on a CPU gains too little by it. Processes that differ take the choice that suits them all.
+    """
+    precision, compile_ = config.precision, config.compile
+    if precision == "auto":
+        missing = processes.agree(float(not has_bf16(processes.device)))[0]
+        precision = "fp32" if missing else "bf16"
+    if compile_ == "auto":
+        worthwhile = is_long(config, model, data, processes.device.type, precision)
+        failure = compiler_failure(processes.device) if worthwhile else None
+        if failure is not None and processes.is_main:
+            print(f"the network is not compiled: no compiler works here ({reason(failure)})", flush=True)
+        compile_ = "on" if worthwhile and not processes.agree(float(failure is not None))[0] else "off"
+    return replace(config, precision=precision, compile=compile_)
+
+
+def is_long(config: TrainConfig, model: Denoiser, data: ImageData, device: str, precision: str) -> bool:
+    """Whether the run is long enough for compiling to pay."""
+    if device not in LONG_MINUTES or (device == "cpu" and precision == "fp32"):
+        return False
+    steps = config.total_steps(len(data.train))
+    if steps is None:
+        return (config.minutes or 0) >= LONG_MINUTES[device]
+    if device == "cuda":
+        return steps >= LONG_STEPS
+    return steps * config.batch_size * training_multiply_adds(model, data.shape) >= LONG_WORK

@@ -1,0 +1,54 @@
+"""Everything that decides a run: `TrainConfig`, which is saved in `config.json`."""
+
+import math
+from dataclasses import dataclass, field
+
+PRECISIONS = ("auto", "fp32", "bf16")
+COMPILE = ("auto", "on", "off")
+BEFORE_THE_FLAG = {"optimizer": "adamw"}  # a record without an optimizer is from the time when all used AdamW
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run; `train.py --help` explains each value. The defaults are those of `train.py`."""
+
+    model: str = "true"
+    model_config: dict = field(default_factory=dict)  # further arguments of the network
+    class_conditional: bool = False
+    dataset: str = "cifar10"
+    data_dir: str = "data"
+    image_size: int | None = None
+    epochs: float | None = 3  # exactly one of epochs, steps and minutes is not None
+    steps: int | None = None
+    minutes: float | None = None
+    batch_size: int = 8
+    optimizer: str = "muon"
+    lr: float = 8e-3
+    ema_decay: float = 0.999
+    timesteps: int = 400
+    schedule: str = "linear"
+    prediction_type: str = "edm"
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    compile: str = "auto"  # "auto", "on" or "off"
+    output_dir: str = "runs"
+    log_every: int = 100
+    sample_every: int = 5000
+    save_every: int = 1000
+    tensorboard: bool = False
+    skip_bad_images: bool = False
+    draw_grids: bool = True  # no flag: a comparison measures only the held-out loss
+
+    def total_steps(self, num_images: int) -> int | None:
+        """Optimizer steps of the run on a set of `num_images`; None if the run is bounded by minutes."""
+        if self.minutes is not None:
+            return None
+        if self.steps is not None:
+            return self.steps
+        return max(1, math.ceil((self.epochs or 0) * num_images / self.batch_size))
+
+    def progress(self, step: int, seconds: float, num_images: int) -> float:
+        """The fraction of the run that is done after so many steps and seconds of training; 1 at its end."""
+        total = self.total_steps(num_images)
+        return seconds / (60 * self.minutes) if total is None and self.minutes else step / (total or 1)

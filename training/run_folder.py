@@ -1,0 +1,100 @@
+"""Run folders: how they are numbered, claimed and locked, and the names of the files in them.
+
+runs/00003-true-cifar10/
+  config.json, metrics.csv, model.safetensors, checkpoint.pt, samples/, loss.png
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import UserError, reason
+
+MODEL_FILE, RESUME_FILE, CONFIG_FILE = "model.safetensors", "checkpoint.pt", "config.json"
+
+
+def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    """Every folder in `output_dir` that has an id, by id; a folder that is only an id is a run about to start."""
+    try:
+        folders = [path for path in output_dir.iterdir() if path.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"--output-dir: {output_dir}: {reason(error)}") from error
+    matches = [(re.match(r"(\d{5,})(-|$)", path.name), path) for path in folders]
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def run_folders(output_dir: Path) -> list[Path]:
+    """The run folders in `output_dir`, oldest first; an empty list if there is no such folder."""
+    return [path for _, path in _numbered(output_dir) if "-" in path.name]
+
+
+def next_run_folder(output_dir: Path, name: str) -> Path:
+    """The path of the next run: `<largest id + 1>-<name>`."""
+    existing = _numbered(output_dir)
+    return output_dir / f"{existing[-1][0] + 1 if existing else 0:05d}-{name}"
+
+
+def make_run_folder(output_dir: Path, name: str) -> Path:
+    """Make the folder of the next run. Two processes that ask at once get two ids, and a killed one blocks nobody."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = next_run_folder(output_dir, name)
+            claim = output_dir / folder.name.split("-")[0]  # the id alone, which only one process can make
+            try:
+                claim.mkdir()
+            except FileExistsError:
+                continue
+            if sum(number == int(claim.name) for number, _ in _numbered(output_dir)) == 1:
+                return claim.rename(folder)
+            claim.rmdir()  # another process has made and renamed the same id since we looked
+    except OSError as error:
+        raise UserError(f"--output-dir: cannot make a run folder in {output_dir}: {reason(error)}") from error
+
+
+@contextmanager
+def only_writer(run: Path) -> Iterator[None]:
+    """Lock a run folder during the block, or until this process ends, so that no other process trains in it.
+
+    Raises UserError if another process holds the lock. On file systems without locks nothing is locked.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: another process is training it; wait for its end, or interrupt it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(folder)
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The `config.json` of a run folder. Raises UserError if it is missing or not JSON."""
+    path = run / CONFIG_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is {run} a run folder?") from None
+    except (OSError, RecursionError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({reason(error)})") from error
+
+
+def what_is_safe(run: Path) -> str:
+    """What a run that ends badly tells about its files."""
+    if not (run / RESUME_FILE).exists():
+        return "nothing was saved yet"
+    return f"the files in {run} are those of the last save, --resume goes on from there"
