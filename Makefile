@@ -1,9 +1,9 @@
-# make demo: train on digits for two minutes and draw a grid.   make test: style and tests.
+# make demo: train on digits for two minutes and draw a grid.   make test: style, types and tests.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= runs/demo
 
-.PHONY: demo test clean
+.PHONY: demo check test clean
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python train.py --dataset digits --image-size 16 --class-conditional --batch-size 64 --minutes 2 \
@@ -11,9 +11,12 @@ demo: $(VENV)/.run
 	$(VENV)/bin/python sample.py --checkpoint "$$(ls -d $(DEMO)/*-true-digits | tail -n 1)" --num-images 100 \
 		--guidance 2 --output $(DEMO)/digits.png
 
-test: $(VENV)/.dev
+check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
+
+test: check
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
 $(VENV)/.run: requirements.txt
