@@ -29,7 +29,9 @@ from images.batches import held_out_bank
 from runtime import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
-# one thread a process: the runs are small, and several tests may run at once
+# torch's compiler would start processes to help it, which import torch for longer than these small networks take
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# one thread per process: the runs are small, and several tests may run at once
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 # few timesteps make the grid of samples quick: it takes no more steps than there are
 TINY = ["--dataset", "digits", "--batch-size", "16", "--timesteps", "8", "--precision", "fp32", "--log-every", "5"]

@@ -20,7 +20,6 @@ from lab.benchmark.report import goals, markdown
 from models import build_model
 from training.config import TrainConfig
 
-
 BF16 = {"avx512_bf16"}  # what a processor that multiplies in bf16 has; others compute the same, slowly
 
 

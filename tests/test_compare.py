@@ -17,12 +17,13 @@ from conftest import ForkedCommand, call, refused, run_forked, start_command, wa
 
 import compare
 import training.loop
-from images.batches import held_out_bank
+from images.batches import BANK_SIZE, held_out_bank
 from lab import speed
 from lab.comparison import jobs
 from lab.comparison.experiment import Experiment, Training
 from lab.comparison.verdict import Cost, Result
 from models import ARMS, build_model, multiply_adds
+from training import run_log
 from training.checkpoint import read_model, read_resume
 from training.run_folder import read_config
 from training.step import TrainStep
@@ -31,18 +32,18 @@ TINY = ["--dataset", "digits", "--timesteps", 8, "--batch-size", 8, "--device", 
 GOES_ON = "compare.py: interrupted: the same command goes on from here"
 
 
-def compared(folder, *options, whole=False) -> list[dict[str, str]]:
+def compared(folder, *options, bank=50, pictures=False) -> list[dict[str, str]]:
     """The rows of comparison.csv of a tiny comparison, with few measurements on the way and quick ones of speed.
 
-    whole: with its plots, and with held-out losses of the whole bank, as a process of its own would measure them.
+    bank: the number of held-out images; a process of its own measures BANK_SIZE.
     """
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch("lab.comparison.experiment.MEASUREMENTS", 2))
         patches.enter_context(mock.patch.object(speed, "SECONDS", 0.01))
-        if not whole:
-            patches.enter_context(mock.patch.object(held_out_bank, "__defaults__", (50,)))
-            for plot in ("training.run_log.save_loss_curves", "compare.save_curves", "compare.save_labelled_rows"):
-                patches.enter_context(mock.patch(plot))
+        patches.enter_context(mock.patch.object(run_log, "save_loss_curves"))  # a training run's own plot
+        patches.enter_context(mock.patch.object(held_out_bank, "__defaults__", (bank,)))
+        for picture in () if pictures else ("compare.save_curves", "compare.save_labelled_rows"):
+            patches.enter_context(mock.patch(picture))
         code, _, err = call(compare, *TINY, "--output-dir", folder, *options)
     assert code == 0, err
     return table(folder / "comparison.csv")
@@ -57,9 +58,9 @@ def table(path) -> list[dict[str, str]]:
 def experiment(tmp_path_factory):
     """Two arms, two seeds, two rates: a folder and its rows."""
     folder = tmp_path_factory.mktemp("experiment")
-    options = ["--arms", "inspired", "unet:38k", "--seeds", 2, "--lrs", 1e-3, 1e-2, "--amount", 240]
+    options = ["--arms", "inspired", "unet:38k", "--seeds", 2, "--lrs", 1e-3, 1e-2, "--amount", 160]
     options += ["--sweep-share", 0.5, "--reference", "inspired"]
-    return folder, options, compared(folder, *options, whole=True)
+    return folder, options, compared(folder, *options, bank=BANK_SIZE, pictures=True)
 
 
 def test_every_arm_and_seed_has_its_row_and_the_files_are_there(experiment):
@@ -80,7 +81,7 @@ def test_all_arms_train_under_the_same_conditions(experiment):
     assert len(configs) == 4
     own = {"model", "model_config", "lr", "seed", "output_dir"}
     assert len({json.dumps({k: v for k, v in config.items() if k not in own}) for config in configs}) == 1
-    assert {row["images"] for row in rows} == {"240"}
+    assert {row["images"] for row in rows} == {"160"}
     losses = {path.parent.parent.name: read_model(path.parent)[1] for path in folder.glob("runs/*/*/model.safetensors")}
     assert {about["prediction_type"] for about in losses.values()} == {"edm"}
 
@@ -91,7 +92,7 @@ def test_each_arm_takes_the_rate_that_was_best_for_it_in_the_sweep(experiment):
     assert [(row["arm"], float(row["lr"])) for row in sweep] == [
         (arm, lr) for arm in ("inspired", "unet:38k") for lr in (1e-3, 1e-2)
     ]
-    assert {row["images"] for row in sweep} == {"120"}
+    assert {row["images"] for row in sweep} == {"80"}
     for arm in ("inspired", "unet:38k"):
         best = min((row for row in sweep if row["arm"] == arm), key=lambda row: float(row["eps_mse"]))["lr"]
         assert {row["lr"] for row in rows if row["arm"] == arm} == {best}
@@ -118,30 +119,29 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(experiment):
     folder, options, rows = experiment
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/checkpoint.pt")}
     text = (folder / "comparison.md").read_text()
-    assert compared(folder, *options, whole=True) == rows
+    assert compared(folder, *options, bank=BANK_SIZE, pictures=True) == rows
     assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/checkpoint.pt")} == before
     assert (folder / "comparison.md").read_text() == text
 
 
-def begun(experiment, folder: Path, *names: str) -> list:
-    """Copy these tables of the experiment into a folder, the results of seed 0 alone; the options to go on there."""
-    source, options, _ = experiment
-    for name in names:
+def begun(experiment, folder: Path) -> tuple[list, list[dict[str, str]]]:
+    """Make a folder that goes on after the sweep of the experiment: (options to train one arm there, its rows)."""
+    source, options, rows = experiment
+    for name in ("costs.csv", "comparison.json", "sweep.csv"):
         shutil.copy(source / name, folder / name)
-    for name in {"comparison.csv", "curves.csv"}.intersection(names):
-        first, *lines = (source / name).read_text().splitlines(keepends=True)
-        (folder / name).write_text(first + "".join(line for line in lines if line.split(",")[1] == "0"))
-    return [*TINY, *options, "--output-dir", folder]
+    options = [option for option in options if option != "unet:38k"]
+    return [*TINY, *options, "--output-dir", folder], [row for row in rows if row["arm"] == "inspired"]
 
 
 def slowly() -> None:
-    """Let trainings of a few steps last long enough to be stopped; the sleep is no work of the machine."""
+    """Let training runs of a few steps last long enough to be stopped. A sleep costs no work, and plots would."""
+    run_log.save_loss_curves = mock.Mock()
     step = TrainStep.__call__
     TrainStep.__call__ = lambda self, progress: (time.sleep(0.1), step(self, progress))[1]
 
 
 def slowly_and_forked() -> None:
-    """Let trainings side by side also be forks, which need no import; that they are spawned is tested below."""
+    """Let training runs side by side also be forks, which need no import; a test below has them spawned."""
     slowly()
     fork = multiprocessing.get_context("fork")
 
@@ -155,15 +155,15 @@ def slowly_and_forked() -> None:
 
 
 def test_an_interrupted_comparison_ends_with_the_same_figures(experiment, tmp_path):
-    options = begun(experiment, tmp_path, "costs.csv", "comparison.json", "sweep.csv")
+    options, rows = begun(experiment, tmp_path)
     process = ForkedCommand("compare.py", *options, prepare=slowly)
     wait_for(lambda: list(tmp_path.glob("runs/*seed1*/*/checkpoint.pt")), process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.strip().splitlines()[-1] == GOES_ON
-    assert [row["seed"] for row in table(tmp_path / "comparison.csv")] == ["0", "0"]
-    assert compared(tmp_path, *options, whole=True) == experiment[2]
+    assert [row["seed"] for row in table(tmp_path / "comparison.csv")] == ["0"]
+    assert compared(tmp_path, *options, bank=BANK_SIZE) == rows
 
 
 def processes_that_train(parent: int) -> set[int]:
@@ -179,8 +179,8 @@ def processes_that_train(parent: int) -> set[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_trainings_side_by_side_end_with_the_figures_of_one_after_the_other_also_when_interrupted(experiment, tmp_path):
-    names = "costs.csv", "comparison.json", "sweep.csv", "comparison.csv", "curves.csv"
-    options = [*begun(experiment, tmp_path, *names), "--jobs", 2]
+    options, rows = begun(experiment, tmp_path)
+    options += ["--jobs", 2]
     process = ForkedCommand("compare.py", *options, prepare=slowly_and_forked)
     wait_for(lambda: len(list(tmp_path.glob("runs/*share1/*/checkpoint.pt"))) > 1, process)
     below = processes_that_train(process.pid)
@@ -190,17 +190,14 @@ def test_trainings_side_by_side_end_with_the_figures_of_one_after_the_other_also
     assert errors.strip().splitlines()[-1] == GOES_ON
     assert len(below) == 2 and not any(Path(f"/proc/{child}").exists() for child in below)
     saved = {path.parent: read_resume(path)["step"] for path in tmp_path.glob("runs/*share1/*/checkpoint.pt")}
-    done = run_forked("compare.py", *options)
-    assert done.returncode == 0, done.stderr
+    assert compared(tmp_path, *options) == rows  # by spawned processes, which measure with the whole bank
     assert all(read_resume(run / "checkpoint.pt")["step"] >= step for run, step in saved.items())
-    assert table(tmp_path / "comparison.csv") == experiment[2]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_while_a_process_starts_ends_in_one_line(experiment, tmp_path):
     """In a fresh interpreter, from the shell."""
-    options = [*begun(experiment, tmp_path, "costs.csv", "comparison.json", "sweep.csv"), "--jobs", 2]
-    process = start_command("compare.py", *options, start_new_session=True)
+    process = start_command("compare.py", *begun(experiment, tmp_path)[0], "--jobs", 2, start_new_session=True)
     wait_for(lambda: processes_that_train(process.pid), process)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes of a command
     _, errors = process.communicate(timeout=60)
@@ -213,7 +210,7 @@ def test_ctrl_c_while_a_process_starts_ends_in_one_line(experiment, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("victim", ["training", "comparison"])
 def test_when_a_process_is_killed_the_trainings_that_are_left_save_and_end(victim, experiment, tmp_path):
-    begun(experiment, tmp_path, "costs.csv")
+    shutil.copy(experiment[0] / "costs.csv", tmp_path)
     options = [*TINY, "--arms", "inspired", "--lrs", 4e-3, "--amount", 80_000, "--seeds", 2, "--jobs", 2]
     process = ForkedCommand("compare.py", *options, "--output-dir", tmp_path, prepare=slowly_and_forked)
     wait_for(lambda: len(list(tmp_path.glob("runs/*/*/metrics.csv"))) > 1, process)
@@ -321,7 +318,7 @@ def test_what_would_mix_two_comparisons_is_refused(experiment, tmp_path):
     folder, _, _ = experiment
     copy = shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
     for flag, value in (("--batch-size", 16), ("--amount", 900), ("--timesteps", 9)):
-        options = [*TINY, "--lrs", 1e-3, 1e-2, "--amount", 240, "--sweep-share", 0.5, flag, value]
+        options = [*TINY, "--lrs", 1e-3, 1e-2, "--amount", 160, "--sweep-share", 0.5, flag, value]
         code, out, err = call(compare, *options, "--output-dir", copy)
         assert (code, out, err.count("\n")) == (2, "", 1) and flag in err, err
 

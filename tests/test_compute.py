@@ -1,6 +1,5 @@
 """How a run computes: a rule of processor and length; compiling changes only speed; freed memory is kept."""
 
-import os
 import resource
 import sys
 from functools import lru_cache
@@ -72,17 +71,8 @@ def test_a_long_run_goes_on_where_there_is_no_compiler(monkeypatch, capsys):
     assert "no compiler works here (no g++)\n" in capsys.readouterr().out
 
 
-def without_compiler(folder: str) -> tuple[str, str] | None:
-    """The type and the text of what compiling raises where there is no compiler."""
-    os.environ |= {"CXX": f"{folder}/none", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": folder}
-    failure = compiler_failure(CPU)
-    return failure and (type(failure).__module__, str(failure))
-
-
-def test_a_compiler_that_is_missing_is_found_out_by_compiling(tmp_path):
-    module, text = forked(without_compiler, str(tmp_path))
-    assert module.startswith(("torch._dynamo", "torch._inductor")) and "compiler" in text
-    assert compiler_failure(CPU) is None
+def test_a_compiler_that_works_is_found_out_by_compiling():
+    assert compiler_failure(CPU) is None  # test_faults.py has the machine without one
 
 
 def test_a_compiled_cell_has_the_gradients_of_the_plain_one_and_copies_no_features():
@@ -143,7 +133,7 @@ def test_the_fast_way_costs_no_quality(tmp_path):
     def held_out(seed, **options):
         config = TrainConfig(
             dataset="digits", epochs=None, steps=150, sample_every=150, draw_grids=False, timesteps=20, seed=seed,
-            model_config={"channels": (4, 4, 4), "ode_steps": (1, 1, 1)}, output_dir=str(tmp_path), device="cpu",
+            model_config={"channels": (4, 4, 4), "ode_steps": (1, 1, 2)}, output_dir=str(tmp_path), device="cpu",
             **options,
         )  # fmt: skip
         run = train(config, on_progress=lambda _: None)

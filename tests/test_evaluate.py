@@ -33,6 +33,12 @@ def measured(*arguments, output) -> tuple[dict, str]:
     return json.loads(output.read_text()), out
 
 
+@pytest.fixture
+def small_bank(monkeypatch):
+    """Few held-out images with their noise, for tests that look at other figures."""
+    monkeypatch.setattr(held_out_bank, "__defaults__", (100,))
+
+
 @pytest.fixture(scope="module")
 def digits_report(short_digits_run):
     """From the shell, into the run folder, asking for an FID that cannot be had."""
@@ -157,7 +163,7 @@ def test_the_same_seed_gives_the_same_figures_and_a_bare_file_the_same_as_its_ru
     bare.write_bytes((short_digits_run / "model.safetensors").read_bytes())
     code, _, err = call(evaluate, "--checkpoint", bare, *FEW_DRAWN, "--batch-size", 7)
     assert code == 0, err
-    report = json.loads((tmp_path / "bare-measures.json").read_text())
+    report = json.loads((tmp_path / "bare-evaluation.json").read_text())
     assert (tmp_path / "bare-evaluation-neighbours.png").is_file()
     assert report["checkpoint"] == str(bare)
     assert report["fid"]["value"] is None and "--fid" in report["fid"]["reason"]
@@ -169,7 +175,7 @@ def test_the_same_seed_gives_the_same_figures_and_a_bare_file_the_same_as_its_ru
         assert other[name]["value"] != report[name]["value"], name
 
 
-def test_flags_act(short_digits_run, tmp_path):
+def test_flags_act(short_digits_run, small_bank, tmp_path):
     options = ["--checkpoint", short_digits_run / "model.safetensors"]
     options += ["--sampler", "ddpm", "--steps", 4, "--bound-images", 9]
     report, out = measured(*options, "--num-images", 17, output=tmp_path / "new" / "out.json")
@@ -179,7 +185,7 @@ def test_flags_act(short_digits_run, tmp_path):
     assert (tmp_path / "new" / "out-neighbours.png").is_file()
 
 
-def test_a_model_with_classes_is_told_them_in_turns_and_measured_by_them(short_class_run, tmp_path):
+def test_a_model_with_classes_is_told_them_in_turns_and_measured_by_them(short_class_run, small_bank, tmp_path):
     """The run's config.json says where the images are."""
     report, _ = measured("--checkpoint", short_class_run, output=tmp_path / "a.json")
     model, scheduler, _ = load_model(short_class_run)
@@ -207,9 +213,9 @@ def test_images_smaller_than_a_patch_are_null_with_the_reason():
     assert found["value"] is None and "7x7" in found["reason"] and "4x4" in found["reason"]
 
 
-def test_a_measured_fid_is_labelled(short_digits_run, stand_in, monkeypatch, tmp_path):
+def test_a_measured_fid_is_labelled(short_digits_run, stand_in, small_bank, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "inception_weights", lambda: tmp_path / "weights.pth")
-    report, out = measured("--checkpoint", short_digits_run, "--fid", output=tmp_path / "a.json")
+    report, out = measured("--checkpoint", short_digits_run, "--fid", "--bound-images", 2, output=tmp_path / "a.json")
     model, scheduler, config = load_model(short_digits_run)
     samples = ((sample_images(model, scheduler, config["shape"], 20, steps=3) + 1) * 127.5).round().byte()
     data = load_images("digits", "unused")
@@ -224,10 +230,11 @@ def test_a_measured_fid_is_labelled(short_digits_run, stand_in, monkeypatch, tmp
     assert f"{report['fid']['value']:.2f}" in out
 
 
-def test_bad_images_that_the_run_skipped_are_skipped_again(class_images, tmp_path):
+def test_bad_images_that_the_run_skipped_are_skipped_again(class_images, small_bank, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(class_images, images)
     (images / "cats" / "bad.png").write_text("not an image")
     options = ["--dataset", "folder", "--data-dir", images, "--image-size", 16, "--skip-bad-images", "--steps", 2]
-    report, _ = measured("--checkpoint", short_run(tmp_path / "runs", *options), output=tmp_path / "a.json")
+    run = short_run(tmp_path / "runs", *options)
+    report, _ = measured("--checkpoint", run, "--bound-images", 2, output=tmp_path / "a.json")
     assert report["data"]["train_images"] + report["data"]["held_out_images"] == 120

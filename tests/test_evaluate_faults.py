@@ -8,8 +8,11 @@ from conftest import FEW_DRAWN, call
 from PIL import Image
 
 import evaluate
+from images.batches import held_out_bank
 from lab.evaluation import inception, measures
 from training.checkpoint import read_model, save_model
+
+QUICK = ["--bound-images", 2]  # what is measured before the fault
 
 
 def test_fid_without_the_library_is_refused_before_anything_else(monkeypatch):
@@ -103,22 +106,28 @@ def test_weights_that_are_not_finite_fail_and_leave_the_file_as_it_was(short_dig
 
 
 def test_running_out_of_memory_is_one_line(short_digits_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out_bank, "__defaults__", (50,))
+
     def too_much(*_, **__):
         raise MemoryError
 
     monkeypatch.setattr(measures, "sample_images", too_much)
-    code, _, err = call(evaluate, *FEW_DRAWN, "--checkpoint", short_digits_run, "--output", tmp_path / "out.json")
+    code, _, err = call(
+        evaluate, *FEW_DRAWN, *QUICK, "--checkpoint", short_digits_run, "--output", tmp_path / "out.json"
+    )
     assert code == 1 and "--batch-size" in err.splitlines()[-1] and "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 
 def test_an_interruption_leaves_with_130_and_writes_nothing(short_digits_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out_bank, "__defaults__", (50,))
+
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measures, "sample_images", interrupted)
     output = tmp_path / "out.json"
-    code, _, err = call(evaluate, *FEW_DRAWN, "--checkpoint", short_digits_run, "--output", output)
+    code, _, err = call(evaluate, *FEW_DRAWN, *QUICK, "--checkpoint", short_digits_run, "--output", output)
     assert code == 130 and "nothing was written" in err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import (
     TINY,
     call,
@@ -26,6 +27,7 @@ from conftest import (
 from PIL import Image
 
 import train
+from kernels.compilation import compiler_failure, is_compiler_failure
 from training.checkpoint import read_model, read_resume
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults are made with Linux's means")
@@ -145,7 +147,13 @@ def test_without_a_gpu_cuda_is_refused_and_auto_is_not(tmp_path):
     assert done.returncode == 0 and "device   cpu" in done.stdout, done.stderr
 
 
-def test_where_there_is_no_compiler_the_flag_is_named(tmp_path):
-    options = [*TINY, "--steps", 1, "--compile", "--output-dir", tmp_path / "runs"]
-    nothing = {"CXX": str(tmp_path / "no-compiler"), "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    refused(run_forked("train.py", *options, **nothing), "--compile", "compiler")
+def compiler_is_missed() -> None:
+    """Check that a compilation on trial, with which `--compile auto` begins, fails as the one of the run will."""
+    failure = compiler_failure(torch.device("cpu"))
+    assert is_compiler_failure(failure) and "compiler" in str(failure), failure
+
+
+def test_where_there_is_no_compiler_that_is_found_out_and_the_flag_is_named(tmp_path):
+    options = [*TINY, "--model", "inspired", "--steps", 1, "--compile", "--output-dir", tmp_path / "runs"]
+    nothing = {"PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    refused(run_forked("train.py", *options, prepare=compiler_is_missed, **nothing), "--compile", "compiler")

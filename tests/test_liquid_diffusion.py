@@ -253,3 +253,10 @@ def test_bad_settings_are_named(options, word):
 def test_a_side_that_4_does_not_divide_is_named():
     with pytest.raises(ValueError, match="30x32"):
         TrueLiquidDiffusionModel()(torch.randn(1, 3, 30, 32), torch.tensor([0]))
+
+
+def test_the_model_can_be_exported():
+    model = make_model(channels=(4, 4, 4)).eval()
+    inputs = torch.randn(2, 3, 8, 8), torch.tensor([10, 300])
+    exported = torch.export.export(model, inputs).module()
+    torch.testing.assert_close(exported(*inputs), model(*inputs))

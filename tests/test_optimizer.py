@@ -109,8 +109,8 @@ def test_a_resumed_run_ends_with_the_same_weights_and_keeps_its_optimizer(tmp_pa
             signal.raise_signal(signal.SIGTERM)
 
     config = TrainConfig(
-        model="inspired", dataset="digits", epochs=None, steps=6, optimizer="muon", device="cpu", precision="fp32", compile="off",
-        timesteps=20, sample_every=6, draw_grids=False, output_dir=str(tmp_path / "whole"),
+        model="inspired", dataset="digits", epochs=None, steps=6, optimizer="muon", device="cpu", precision="fp32",
+        compile="off", timesteps=20, sample_every=6, draw_grids=False, output_dir=str(tmp_path / "whole"),
     )  # fmt: skip
     whole = train(config, data=DIGITS, on_progress=lambda _: None)
     config = replace(config, output_dir=str(tmp_path / "stopped"))
@@ -125,7 +125,20 @@ def test_a_resumed_run_ends_with_the_same_weights_and_keeps_its_optimizer(tmp_pa
 
 
 def test_what_was_begun_before_the_flag_goes_on_with_adamw(tmp_path, quick_measurements):
-    arguments = ["--arms", "inspired", "--dataset", "digits", "--amount", 40, "--timesteps", 8, "--seeds", 1, "--lrs", 1e-3]
+    arguments = [
+        "--arms",
+        "inspired",
+        "--dataset",
+        "digits",
+        "--amount",
+        40,
+        "--timesteps",
+        8,
+        "--seeds",
+        1,
+        "--lrs",
+        1e-3,
+    ]
     arguments += ["--reference", "inspired", "--output-dir", tmp_path, "--device", "cpu"]
     settings = compare.shared_settings(compare.parser().parse_args(list(map(str, arguments))), tmp_path)
     assert settings.pop("optimizer") == "muon"

@@ -96,19 +96,23 @@ def test_training_costs_the_mean_over_the_drawn_numbers_of_steps():
     assert multiply_adds(model, shape) == costs[1]
 
 
-def test_half_the_steps_cost_it_less_than_a_model_that_always_saw_the_same(tmp_path):
+def test_half_the_steps_cost_it_less_than_a_model_that_always_saw_the_same(tmp_path, monkeypatch):
+    """With two steps per cell, of which one is left, so that a short training shows the difference clearly."""
+    monkeypatch.setattr("training.step.WARM_UP_STEPS", 10)
+    monkeypatch.setattr(held_out_bank, "__defaults__", (300,))
     apart = []
     for random_steps in (False, True):
+        shape = {"channels": (16, 16, 16), "ode_steps": (2, 2, 2), "random_steps": random_steps}
         config = replace(
-            CONFIG, model_config={"random_steps": random_steps}, epochs=None, steps=200, batch_size=16, lr=8e-3,
-            output_dir=str(tmp_path), draw_grids=False, sample_every=200,
+            CONFIG, model_config=shape, epochs=None, steps=60, batch_size=16, lr=0.01, output_dir=str(tmp_path),
+            draw_grids=False, sample_every=60,
         )  # fmt: skip
         model, scheduler, _ = load_model(train(config, data=DIGITS))
         bank = held_out_bank(DIGITS, config.timesteps)
         own = held_out_loss(model, scheduler, bank)
-        model.set_solver(ode_steps=(2, 3, 4))
+        model.set_solver(ode_steps=(1, 1, 1))
         apart.append(held_out_loss(model, scheduler, bank) / own - 1)
-    assert abs(apart[1]) < abs(apart[0])
+    assert abs(apart[1]) < abs(apart[0]) / 2
 
 
 def test_only_the_true_model_has_steps_and_a_resumed_run_keeps_what_it_had(tmp_path):

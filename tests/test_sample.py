@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import call, refused, run_command, run_forked, short_run
+from conftest import call, refused, run_forked, short_run
 from PIL import Image
 
 import sample
@@ -284,7 +284,7 @@ def test_without_published_weights_the_flag_is_named(tmp_path, monkeypatch):
 
 
 def test_refusals_from_the_shell(tmp_path):
-    refused(run_command("sample.py", "--checkpoint", tmp_path / "none"), "sample.py: error: ", "none")
+    refused(run_forked("sample.py", "--checkpoint", tmp_path / "none"), "sample.py: error: ", "none")
     refused(run_forked("sample.py", "--num-images", 0), "sample.py: error: --num-images: must be", "0")
 
 

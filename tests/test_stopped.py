@@ -116,7 +116,7 @@ def as_under_nohup() -> None:
 
 def test_a_signal_that_was_ignored_from_the_start_stays_ignored(tmp_path):
     """As under nohup: closing the terminal does not stop the run."""
-    process = ForkedCommand("train.py", *TINY, *EVERY, "--steps", 40, "--output-dir", tmp_path, prepare=as_under_nohup)
+    process = ForkedCommand("train.py", *TINY, *EVERY, "--steps", 25, "--output-dir", tmp_path, prepare=as_under_nohup)
     wait_for(lambda: list(tmp_path.glob("*/checkpoint.pt")), process)
     process.send_signal(signal.SIGHUP)
     _, errors = process.communicate(timeout=120)

@@ -1,6 +1,7 @@
 """Where a command runs: permissions, locale, current folder, home, clock, and neighbours that start when it does."""
 
 import ctypes
+import io
 import itertools
 import json
 import os
@@ -114,8 +115,8 @@ def test_an_output_folder_is_made_and_a_file_in_its_way_is_named(light, tmp_path
 
 def as_ascii() -> None:
     """As with PYTHONIOENCODING=ascii."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="ascii")
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), encoding="ascii")
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), encoding="ascii", errors="backslashreplace", write_through=True)
 
 
 def test_any_locale_and_any_script_will_do(tmp_path):
@@ -126,7 +127,8 @@ def test_any_locale_and_any_script_will_do(tmp_path):
     Image.new("RGB", (32, 32)).save(os.fsencode(folder) + b"/\xff\xfe.png")  # not UTF-8
     (folder / "сломан.png").write_bytes(b"broken")
     command = [ROOT / "train.py", "--dataset", "folder", "--data-dir", folder, "--output-dir", tmp_path / "выход"]
-    command += ["--class-conditional", "--steps", 1, "--batch-size", 2, "--timesteps", 2, "--precision", "fp32"]
+    command += ["--class-conditional", "--image-size", 8, "--steps", 1, "--batch-size", 2, "--timesteps", 2]
+    command += ["--precision", "fp32"]
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     with_bad, done = run_in_turn(tmp_path / "a.py", *command, "then", *command, "--skip-bad-images", **plain)
     refused(with_bad, "--skip-bad-images", "1 of 6 images")

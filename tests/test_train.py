@@ -45,7 +45,7 @@ def test_a_run_leaves_its_files(whole_run):
     assert read_resume(whole_run / "checkpoint.pt")["step"] == 60
 
 
-def test_the_same_command_gives_the_same_bytes_and_the_next_id(whole_run):
+def test_the_same_command_gives_the_same_bytes_and_the_next_id(light, whole_run):
     again = train_tiny(whole_run.parent, "--steps", 60, "--sample-every", 40, "--save-every", 7)
     assert again.name == "00001-true-digits"
     assert (again / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
