@@ -64,7 +64,7 @@ def parser() -> Parser:
     add("--device", choices=DEVICES, help="auto: cuda if there is one, else mps, else cpu")
     add("--precision", choices=PRECISIONS, help="auto: bf16 if the processor multiplies in bf16, else fp32")
     add("--compile", nargs="?", choices=COMPILE, const="on",
-        help="torch.compile, on a GPU with CUDA graphs; auto: compile long runs on a GPU, or in bf16 on a CPU")
+        help="torch.compile, on a GPU with CUDA graphs; auto: compile long runs, if there is a compiler")
     add("--log-every", type=integer(1), help="steps between two lines of metrics.csv")
     add("--sample-every", type=integer(1), help="steps between two measurements of the held-out loss, each with a grid")
     add("--save-every", type=integer(1), help="steps between two saves")

@@ -42,7 +42,7 @@ AVX2, ZEN4, AMX = "avx2 fma", "avx2 avx512f avx512_bf16", "avx2 avx512f avx512_b
     "flags, options, choice",
     [
         (AVX2, {"steps": 10}, ("fp32", "off")),
-        ("avx2 avx512f", {"steps": LONG}, ("fp32", "off")),  # no arithmetic in bf16
+        ("avx2 avx512f", {"steps": LONG}, ("fp32", "on")),  # no arithmetic in bf16
         (ZEN4, {"steps": 10}, ("bf16", "off")),  # too short to compile
         (ZEN4, {"steps": LONG}, ("bf16", "on")),
         (AMX, {"steps": LONG}, ("bf16", "on")),
@@ -50,7 +50,7 @@ AVX2, ZEN4, AMX = "avx2 fma", "avx2 avx512f avx512_bf16", "avx2 avx512f avx512_b
         (AMX, {"minutes": 6.0}, ("bf16", "on")),
         (AMX, {"steps": LONG, "compile": "off"}, ("bf16", "off")),
         (AVX2, {"steps": 10, "compile": "on", "precision": "bf16"}, ("bf16", "on")),
-        (AMX, {"steps": LONG, "precision": "fp32"}, ("fp32", "off")),
+        (AMX, {"steps": LONG, "precision": "fp32"}, ("fp32", "on")),
     ],
 )
 def test_precision_and_compilation_follow_from_the_processor_and_the_length(monkeypatch, flags, options, choice):

@@ -24,15 +24,15 @@ LONG_MINUTES = {"cpu": 5.0, "cuda": 2.0}
 def resolved(config: TrainConfig, model: Denoiser, data: ImageData, processes: Processes) -> TrainConfig:
     """`config` with every `auto` replaced.
 
-    Precision is bf16 where the processor multiplies in bf16. A long run is compiled where compiling works; a network
-    that computes in fp32 on a CPU gains too little by it. Processes that differ take the choice that suits them all.
+    Precision is bf16 where the processor multiplies in bf16. A long run is compiled if there is a compiler. Processes
+    that differ take the choice that suits them all.
     """
     precision, compile_ = config.precision, config.compile
     if precision == "auto":
         missing = processes.agree(float(not has_bf16(processes.device)))[0]
         precision = "fp32" if missing else "bf16"
     if compile_ == "auto":
-        worthwhile = is_long(config, model, data, processes.device.type, precision)
+        worthwhile = is_long(config, model, data, processes.device.type)
         failure = compiler_failure(processes.device) if worthwhile else None
         if failure is not None and processes.is_main:
             print(f"the network is not compiled: no compiler works here ({reason(failure)})", flush=True)
@@ -40,9 +40,9 @@ def resolved(config: TrainConfig, model: Denoiser, data: ImageData, processes: P
     return replace(config, precision=precision, compile=compile_)
 
 
-def is_long(config: TrainConfig, model: Denoiser, data: ImageData, device: str, precision: str) -> bool:
+def is_long(config: TrainConfig, model: Denoiser, data: ImageData, device: str) -> bool:
     """Whether the run is long enough for compiling to pay."""
-    if device not in LONG_MINUTES or (device == "cpu" and precision == "fp32"):
+    if device not in LONG_MINUTES:
         return False
     steps = config.total_steps(len(data.train))
     if steps is None:
