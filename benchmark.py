@@ -23,10 +23,18 @@ import torch
 
 from lab.benchmark.report import markdown, save_plot
 from lab.benchmark.sections import NEED_TRAIN, SECTIONS, Bench, Variant
-from runtime.command_line import Parser, integer, number, run
+from runtime.command_line import Parser, file_or_folder, integer, number, run
 from runtime.errors import UserError
 from runtime.files import check_writable, make_folder, save_json, save_text
-from runtime.hardware import DEVICES, choose_device, has_bf16, keep_freed_memory, machine_name, out_of_memory_named
+from runtime.hardware import (
+    DEVICES,
+    choose_device,
+    has_bf16,
+    keep_freed_memory,
+    machine_name,
+    out_of_memory_named,
+    stay_within_memory,
+)
 
 PACKAGES = ("diffusers", "torchdiffeq", "ncps")
 
@@ -37,14 +45,18 @@ def parser() -> Parser:
     add = p.add_argument
     # fmt: off
     add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one, else mps, else cpu")
-    add("--batch-size", type=integer(1, 10**6), default=64, help="images per training step")
-    add("--image-size", type=integer(8, 4096), default=32, help="side of the images in pixels, a multiple of 8")
+    add("--batch-size", type=integer(1, 2**16, "more need more memory and are no faster"), default=64,
+        help="images per training step")
+    add("--image-size", type=integer(8, 4096, "larger ones need more memory than machines have"), default=32,
+        help="side of the images in pixels, a multiple of 8")
     add("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION",
         help=f"what to measure: {', '.join(SECTIONS)}; {', '.join(sorted(NEED_TRAIN))} also run train first")
-    add("--seconds", type=number("greater than 0", lambda v: v > 0), default=1.0, help="seconds per timing round")
+    add("--seconds", type=number(0, 3600, "no median gets better with more", without=(0,)), default=1.0,
+        help="seconds per timing round")
     add("--no-compile", action="store_true",
         help="leave out torch.compile, which takes a minute per model and precision")
-    add("--output-dir", default="benchmarks", help="where benchmark.json, .md and .png are written")
+    add("--output-dir", type=file_or_folder, default="benchmarks",
+        help="where benchmark.json, .md and .png are written")
     # fmt: on
     return p
 
@@ -74,6 +86,7 @@ def main() -> None:
     check_writable(folder, "--output-dir")
     keep_freed_memory()
     device = choose_device(s.device)
+    stay_within_memory(device)
     if s.image_size % 8:
         raise UserError(f"--image-size: must be a multiple of 8, got {s.image_size}")
     for name in PACKAGES:

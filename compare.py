@@ -18,23 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from diffusion import PREDICTION_TYPES, SCHEDULES, DDPMScheduler, sample_images
 from images.batches import held_out_bank
-from images.datasets import DATASETS, ImageData, load_images
+from images.datasets import DATASETS, ImageData, image_size, load_images
 from images.pictures import save_labelled_rows
-from lab.comparison.experiment import Experiment, Training, arm_config
+from lab.comparison.experiment import Experiment, Training, advice_fits, arm_config
 from lab.comparison.jobs import run_all
 from lab.comparison.verdict import Cost, Point, Result, markdown, read_rows, save_curves, save_rows
 from lab.comparison.wiener import fit_wiener
 from lab.speed import training_rates
 from models import ARMS, build_model, count_parameters, multiply_adds, training_multiply_adds
-from runtime.command_line import Parser, integer, number, run, spelled
+from runtime.command_line import Parser, file_or_folder, integer, number, parsed_by, run, spelled
 from runtime.errors import UserError, reason, user_errors
 from runtime.files import check_writable, make_folder, save_json, save_text
-from runtime.hardware import DEVICES, choose_device, keep_freed_memory, machine_name
+from runtime.hardware import DEVICES, choose_device, free_memory, keep_freed_memory, machine_name, stay_within_memory
 from runtime.processes import Processes
+from runtime.progress import progress_bar
 from training.checkpoint import load_model
 from training.config import BEFORE_THE_FLAG, TrainConfig
 from training.loop import failures_named
@@ -44,6 +44,8 @@ from training.step import WARM_UP_STEPS
 from training.validation import held_out_loss
 
 BUDGETS = ("images", "flops", "seconds")
+MOST_STEPS = 10**9
+JOB_BYTES = 400 * 2**20  # of a process with torch, before it trains
 DRAWN = 10  # images of each arm in grid.png
 TOLERANCE = 0.01  # the fraction of the budget by which a training may miss it without a warning
 # flags that a repeated command may change
@@ -55,8 +57,9 @@ LARGEST_WIENER = 4096  # values per image; up to here the eigendecomposition tak
 def parser() -> Parser:
     """All flags."""
     default = TrainConfig()
-    positive = number("greater than 0", lambda v: v > 0)
-    fraction = number("from 0 to 1", lambda v: 0 < v <= 1)
+    amount = number(0, 1e15, "a larger budget is never spent", without=(0,))
+    rate = number(0, 1, "a larger one diverges", without=(0,))
+    fraction = number(0, 1, "1 is all of --amount", without=(0,))
     p = Parser(prog="compare.py", description="Train several models at equal budgets and compare them.")
     add = p.add_argument
     # fmt: off
@@ -67,24 +70,31 @@ def parser() -> Parser:
     add("--budget", choices=BUDGETS, default="images",
         help="what is equal for all arms: training images, multiply-adds of training (flops), or seconds of training "
         "at the speeds measured at the start")
-    add("--amount", type=positive, default=150_000, help="budget per training run, in the unit of --budget")
-    add("--seeds", type=integer(1, 1000), default=3, help="training runs of each arm, with seeds 0, 1, ...")
+    add("--amount", type=amount, default=150_000, help="budget per training run, in the unit of --budget")
+    add("--seeds", type=integer(1, 1000, "no interval gets narrower with more"), default=3,
+        help="training runs of each arm, with seeds 0, 1, ...")
     add("--optimizer", choices=OPTIMIZERS, default=default.optimizer, help="optimizer of all arms")
-    add("--lrs", nargs="+", type=positive, default=[4e-3, 8e-3, 16e-3], metavar="LR",
+    add("--lrs", nargs="+", type=rate, default=[4e-3, 8e-3, 16e-3], metavar="LR",
         help="peak learning rates to try for each arm; a single one is used without a sweep")
     add("--sweep-share", type=fraction, default=1.0,
         help="fraction of --amount spent on each learning rate of the sweep; short ones favour rates that are too high")
-    add("--jobs", type=integer(1, 1000), default=1,
+    add("--jobs", type=integer(1, 256, "each is a process of its own"), default=1,
         help="training runs at the same time, each with its part of the threads; small models train more images per "
         "second this way")
     add("--dataset", choices=DATASETS, default=default.dataset, help="what to learn")
-    add("--data-dir", default=default.data_dir,
+    add("--data-dir", type=file_or_folder, default=default.data_dir,
         help="where data sets are kept; with --dataset folder, the folder of your images")
-    add("--image-size", type=integer(4, 4096),
-        help="resize images to this side in pixels (default: the set's own size; folder: 32)")
-    add("--output-dir", default="comparisons/images", help="where tables, curves and run folders are written")
-    add("--batch-size", type=integer(1, 10**6), default=default.batch_size, help="images per step")
-    add("--timesteps", type=integer(2, 10**5), default=default.timesteps, help="number of diffusion steps T")
+    add("--image-size", metavar="SIDE|HxW", type=parsed_by(image_size),
+        help="resize images to this side in pixels, or to HEIGHTxWIDTH such as 32x48, both multiples of 4 "
+        "(default: the set's own size; folder: 32)")
+    add("--skip-bad-images", action="store_true",
+        help="with --dataset folder: leave out images that cannot be read")
+    add("--output-dir", type=file_or_folder, default="comparisons/images",
+        help="where tables, curves and run folders are written")
+    add("--batch-size", type=integer(1, 2**16, "more need more memory and learn no faster"), default=default.batch_size,
+        help="images per step")
+    add("--timesteps", type=integer(2, 10**5, "finer steps drown in rounding"), default=default.timesteps,
+        help="number of diffusion steps T")
     add("--schedule", choices=SCHEDULES, default=default.schedule, help="noise schedule")
     add("--prediction-type", choices=PREDICTION_TYPES, default=default.prediction_type,
         help="what all arms predict: eps, v, or the edm mixture")
@@ -102,8 +112,8 @@ def arm_costs(s: argparse.Namespace, data: ImageData, folder: Path) -> dict[str,
     is another machine, all arms are measured again. With a budget of seconds that raises UserError instead, since
     seconds belong to one machine.
     """
-    device, path = choose_device(s.device), folder / "costs.csv"
-    machine, costs = machine_name(device), {cost.arm: cost for cost in read_rows(Cost, path)}
+    device, table = choose_device(s.device), folder / "costs.csv"
+    machine, costs = machine_name(device), {cost.arm: cost for cost in read_rows(Cost, table)}
     earlier = [row.arm for name in ("sweep.csv", "comparison.csv") for row in read_rows(Result, folder / name)]
     arms = dict.fromkeys(s.arms + earlier)
     if all(arm in costs for arm in arms):
@@ -111,17 +121,17 @@ def arm_costs(s: argparse.Namespace, data: ImageData, folder: Path) -> dict[str,
     elsewhere = {cost.machine for cost in costs.values()} - {machine}
     if elsewhere and s.budget == "seconds":
         measured = f"its speeds were measured on {elsewhere.pop()}, and this is {machine}"
-        raise UserError(f"{path}: {measured}; use another --output-dir")
+        raise UserError(f"{table}: {measured}; use another --output-dir")
     missing = {arm: arm_config(s, arm) for arm in arms if elsewhere or arm not in costs}
     print(f"measuring the speed of {', '.join(missing)}; leave the machine alone meanwhile", flush=True)
-    smaller = f"--batch-size {max(1, s.batch_size // 2)}"
-    with failures_named(folder, Processes(device), smaller), user_errors("--arms"):
+    smaller = f"--batch-size {s.batch_size // 2}" if s.batch_size > 1 else "a smaller --image-size"
+    with advice_fits(), failures_named(folder, Processes(device), smaller), user_errors("--arms"):
         rates = training_rates(missing, data, device)
     for arm, config in missing.items():
         network = build_model(config.model, **{"in_channels": data.shape[0], **config.model_config})
         forward, training = multiply_adds(network, data.shape), training_multiply_adds(network, data.shape)
         costs[arm] = Cost(arm, count_parameters(network), forward, training, rates[arm], machine)
-    save_rows(list(costs.values()), path)
+    save_rows(list(costs.values()), table)
     return costs
 
 
@@ -131,13 +141,18 @@ def main() -> None:
     folder = Path(s.output_dir)
     check_writable(folder, "--output-dir")
     keep_freed_memory()
-    choose_device(s.device)
+    free = free_memory()
+    if s.jobs > 1 and free is not None and s.jobs * JOB_BYTES > free:
+        has = f"{free / 2**30:.1f} GiB of memory are free"
+        raise UserError(f"--jobs: {s.jobs} processes take {s.jobs * JOB_BYTES / 2**30:.1f} GiB and more, and {has}")
+    stay_within_memory(choose_device(s.device))
     s.arms, s.lrs = list(dict.fromkeys(s.arms)), sorted(set(s.lrs))
     settings = shared_settings(s, folder)
-    data = load_images(s.dataset, s.data_dir, s.image_size)
+    data = load_images(s.dataset, s.data_dir, s.image_size, skip_bad_images=s.skip_bad_images)
     make_folder(folder, "--output-dir")
     save_json(folder / "comparison.json", settings)
     experiment = Experiment(s, data, folder, arm_costs(s, data, folder))
+    check_length(experiment)
     try:
         results, points = train_all(experiment)
     except KeyboardInterrupt:
@@ -175,15 +190,18 @@ def drawn(experiment: Experiment, results: list[Result]) -> dict[str, torch.Tens
 def shared_settings(s: argparse.Namespace, folder: Path) -> dict:
     """The settings that all training runs share. Raises UserError if the folder holds a comparison with others."""
     settings = {name: value for name, value in vars(s).items() if name not in CHANGEABLE}
-    path = folder / "comparison.json"
-    if path.exists():
+    file = folder / "comparison.json"
+    if file.exists():
         try:
-            before = BEFORE_THE_FLAG | json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: not readable ({reason(error)})") from error
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, RecursionError, ValueError) as error:
+            raise UserError(f"{file}: not readable ({reason(error)}); use another --output-dir") from error
+        if not isinstance(before, dict) or "budget" not in before:
+            raise UserError(f"{file}: not the settings of a comparison; use another --output-dir")
+        before = BEFORE_THE_FLAG | before
         for name, value in settings.items():
             if before.get(name, parser().get_default(name)) != value:  # a comparison may be older than the flag
-                contradiction = f"{value} contradicts {path}: {before.get(name)}"
+                contradiction = f"{value} contradicts {file}: {before.get(name)}"
                 raise UserError(f"{spelled(name)}: {contradiction}; use another --output-dir")
     return settings
 
@@ -215,7 +233,7 @@ def train_all(experiment: Experiment) -> tuple[list[Result], list[Point]]:
     total = sum(experiment.seconds(arm, s.sweep_share) for arm, _ in to_sweep)
     total += sum(experiment.seconds(arm, 1) for arm, _ in to_train)
     form = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=total, bar_format=form, mininterval=1) as bar:
+    with progress_bar(total=total, bar_format=form, mininterval=1) as bar:
         trainings = [Training(arm, lr, 0, s.sweep_share) for arm, lr in to_sweep]
         for _, result, _ in run_all(experiment, trainings, bar, s.jobs):
             sweep.append(result)
@@ -235,6 +253,15 @@ def train_all(experiment: Experiment) -> tuple[list[Result], list[Point]]:
     for rows, name in ((sweep, "sweep.csv"), (points, "curves.csv"), (results, "comparison.csv")):
         save(rows, name)  # the speeds may have been measured again
     return results, points
+
+
+def check_length(experiment: Experiment) -> None:
+    """Raise UserError if a training run of the budget would have more steps than train.py takes."""
+    s = experiment.settings
+    for arm in s.arms:
+        steps = experiment.steps(arm, 1)
+        if steps > MOST_STEPS:
+            raise UserError(f"--amount: {s.amount:g} {s.budget} are {steps:,} steps of {arm}; at most {MOST_STEPS:,}")
 
 
 def warn_of_short_sweeps(experiment: Experiment, arms: list[str]) -> None:

@@ -27,12 +27,12 @@ from lab.evaluation.inception import MissingWeights, inception_weights, require_
 from lab.evaluation.measures import SHOWN, Report, by_solver, evaluate, subject
 from lab.evaluation.ode_work import save_ode_work, with_ode
 from lab.evaluation.table import table
-from runtime.command_line import Parser, integer, run
+from runtime.command_line import Parser, file_or_folder, integer, run
 from runtime.errors import RunFailed, UserError, reason, user_errors
 from runtime.files import output_file, save_json
-from runtime.hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_named
+from runtime.hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_named, stay_within_memory
 from training.checkpoint import load_model
-from training.run_folder import CONFIG_FILE, MODEL_FILE, read_config
+from training.run_folder import CONFIG_FILE, MODEL_FILE, check_not_own, read_config
 
 
 def parser() -> Parser:
@@ -40,22 +40,28 @@ def parser() -> Parser:
     p = Parser(prog="evaluate.py", description="Measure one trained model.")
     add = p.add_argument
     # fmt: off
-    add("--checkpoint", required=True, help="a run folder or a model.safetensors")
+    add("--checkpoint", required=True, type=file_or_folder, help="a run folder or a model.safetensors")
     add("--dataset", choices=DATASETS, help="what to measure on (default: what the model was trained on)")
-    add("--data-dir", help="where the data set is (default: where the run's config.json says, else data)")
-    add("--num-images", type=integer(SHOWN, 10**6), default=10_000, help="how many images to draw")
-    add("--bound-images", type=integer(2, 10**6), default=2000,
+    add("--data-dir", type=file_or_folder,
+        help="where the data set is (default: where the run's config.json says, else data)")
+    add("--skip-bad-images", action="store_true",
+        help="with --dataset folder: leave out images that cannot be read (default: as the run was trained)")
+    many = "no figure gets better with more"
+    add("--num-images", type=integer(SHOWN, 10**6, many), default=10_000, help="how many images to draw")
+    add("--bound-images", type=integer(2, 10**6, many), default=2000,
         help="how many held-out images the variational bound is computed for")
     add("--sampler", choices=SAMPLERS, default="dpmpp", help="how to get from noise to an image")
-    add("--steps", type=integer(1),
+    add("--steps", type=integer(1, 10**5, "no model has more timesteps"),
         help="network calls per image (default: 50, or all timesteps of a model that has fewer)")
-    add("--seed", type=integer(0), default=0, help="image i is drawn from the noise of seed + i; also seeds the rest")
-    add("--batch-size", type=integer(1, 10**6), default=64, help="images per network call")
+    add("--seed", type=integer(0, 10**12, "larger ones give nothing new"), default=0,
+        help="image i is drawn from the noise of seed + i; also seeds the rest")
+    add("--batch-size", type=integer(1, 2**16, "more need more memory and are measured no faster"), default=64,
+        help="images per network call")
     add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one, else mps, else cpu")
     add("--fid", action="store_true", help="also compute FID and KID against all training images: hours on a CPU")
     add("--ode-work", action="store_true",
         help="also measure the eps-MSE of a true liquid model for every ODE solver and number of steps, with a plot")
-    add("--output", metavar="JSON",
+    add("--output", type=file_or_folder, metavar="JSON",
         help="where the figures are written (default: evaluation.json in the run folder, or beside the file)")
     # fmt: on
     return p
@@ -68,6 +74,8 @@ def main() -> None:
         require_torch_fidelity()
     keep_freed_memory()
     device = choose_device(args.device)
+    stay_within_memory(device)
+    check_not_own(args.output, "--output", [args.checkpoint])
     checkpoint = Path(args.checkpoint)
     weights = checkpoint / MODEL_FILE if checkpoint.is_dir() else checkpoint
     model, scheduler, config = load_model(checkpoint)
@@ -81,7 +89,8 @@ def main() -> None:
     run_folder = folder_of_run(checkpoint)
     output, picture = output_paths(args.output, checkpoint, run_folder)
     args.dataset, args.data_dir, image_size, skip = data_source(args, config, run_folder)
-    data = load_images(args.dataset, args.data_dir, image_size, skip_bad_images=skip)
+    nearby = "name its folder with --data-dir"  # another data set would not be the one of this model
+    data = load_images(args.dataset, args.data_dir, image_size, skip_bad_images=skip, otherwise=nearby)
     check_fit(data, config)
     model.to(device).to(memory_format=torch.channels_last)
     about = subject(model, scheduler, data)
@@ -142,7 +151,7 @@ def output_paths(output: str | None, checkpoint: Path, run_folder: Path | None) 
     return path, path.with_name(f"{path.stem}-neighbours.png")
 
 
-def data_source(args: Namespace, config: dict, run_folder: Path | None) -> tuple[str, str, int | None, bool]:
+def data_source(args: Namespace, config: dict, run_folder: Path | None) -> tuple[str, str, str | None, bool]:
     """(data set, its folder, image size, whether bad images are skipped): by the flags, else as the run was trained.
 
     Raises UserError if the images' folder is not known.
@@ -158,8 +167,8 @@ def data_source(args: Namespace, config: dict, run_folder: Path | None) -> tuple
         raise UserError(f"--data-dir: name the folder of images; {args.checkpoint} does not say where it is")
     # the model's own set was resized to its images, if they differ; another set has to be of its size
     own = name in ("folder", config.get("dataset"))
-    skip = bool(trained.get("skip_bad_images")) and args.data_dir is None
-    return name, data_dir or "data", config["shape"][-1] if own else None, skip
+    skip = args.skip_bad_images or (bool(trained.get("skip_bad_images")) and args.data_dir is None)
+    return name, data_dir or "data", "x".join(map(str, config["shape"][1:])) if own else None, skip
 
 
 def check_fit(data: ImageData, config: dict) -> None:

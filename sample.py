@@ -4,30 +4,36 @@ python sample.py                                                 # from the publ
 python sample.py --checkpoint runs/00003-true-cifar10 --num-images 64 --steps 50
 python sample.py --checkpoint RUN --classes horse,ship --guidance 2
 python sample.py --checkpoint TRUE_RUN INSPIRED_RUN --gif beside.gif     # side by side, from the same noise
+python sample.py --output grid.png images.npz singles/           # the single images, too
 python sample.py --tau-maps tau.png                                      # where the liquid is slow and where it is fast
 """
 
 from runtime import interrupted_import  # noqa: F401  # isort: skip
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion import SAMPLERS, DDPMScheduler, Denoiser, sample_images
 from images.pictures import save_gif, save_grid
+from images.single import save_folder, save_npz
 from lab.evaluation.tau_maps import record, save_tau_maps
 from liquid_diffusion import SOLVERS, TrueLiquidDiffusionModel
-from runtime.command_line import Parser, integer, number, run
+from runtime.command_line import Parser, file_or_folder, integer, number, run
 from runtime.errors import RunFailed, UserError, reason, user_errors
-from runtime.files import output_file
-from runtime.hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_named
+from runtime.files import check_distinct, check_writable, make_folder, output_file
+from runtime.hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_named, stay_within_memory
+from runtime.names import chosen
+from runtime.progress import progress_bar
 from training.checkpoint import load_model
+from training.run_folder import check_not_own
 
 SHOWN = 3  # images in the maps of time constants
 PUBLISHED = Path(__file__).parent / "pretrained" / "true-cifar10.safetensors"
@@ -44,31 +50,38 @@ class Drawn:
 
 def parser() -> Parser:
     """All flags."""
-    fraction = number("from 0 to 1", lambda v: 0 <= v <= 1)
-    weight = number("of at least 0", lambda v: v >= 0)
+    fraction = number(0, 1, "at 1 all noise is fresh")
+    weight = number(0, 100, "more saturates every pixel")
     p = Parser(prog="sample.py", description="Draw images from trained models.")
     add = p.add_argument
     # fmt: off
-    add("--checkpoint", nargs="+", metavar="RUN",
+    add("--checkpoint", nargs="+", type=file_or_folder, metavar="RUN",
         help="a run folder or a model.safetensors (default: the published weights); several are drawn side by side, "
         "from the same noise")
-    add("--num-images", type=integer(1, 10**6), default=64, help="how many images to draw")
-    add("--output", default="samples.png", metavar="PNG", help="where the grid of images is written")
-    add("--gif", metavar="GIF", help="also write an animation of the denoising to this file")
-    add("--tau-maps", metavar="PNG",
+    add("--num-images", type=integer(1, 10**6, "few programs open a larger picture"), default=64,
+        help="how many images to draw")
+    add("--output", type=file_or_folder, nargs="+", default=["samples.png"], metavar="PATH",
+        help="where the images are written, to one or several of: PNG (the grid), NPZ (arr_0, seeds and labels, as "
+        "other programs read them), FOLDER/ (a PNG for each image, by class, and images.csv)")
+    add("--gif", type=file_or_folder, metavar="GIF", help="also write an animation of the denoising to this file")
+    add("--tau-maps", type=file_or_folder, metavar="PNG",
         help="also write maps of the time constants of the first true liquid model while it draws")
     add("--sampler", choices=SAMPLERS, default="dpmpp", help="how to get from noise to an image")
-    add("--steps", type=integer(1),
+    add("--steps", type=integer(1, 10**5, "no model has more timesteps"),
         help="network calls per image (default: 50, or all timesteps of a model that has fewer)")
     add("--eta", type=fraction, default=0.0, help="with --sampler ddim: fresh noise per step, 0 (none) to 1 (ddpm)")
-    add("--seed", type=integer(0), default=0, help="image i is drawn from the noise of seed + i")
-    add("--batch-size", type=integer(1, 10**6), default=64, help="images drawn at once; does not change the images")
+    add("--seed", type=integer(0, 10**12, "larger ones give nothing new"), default=0,
+        help="image i is drawn from the noise of seed + i")
+    add("--batch-size", type=integer(1, 2**16, "more need more memory and are drawn no faster"), default=64,
+        help="images drawn at once; does not change the images")
     add("--classes",
-        help="names or numbers of classes, separated by commas; the images take turns (default: all classes in turn)")
+        help="names or numbers of classes, separated by commas; the images take turns (default: all classes in turn); "
+        "name:1 or index:1 where a number is a name, too")
     add("--guidance", type=weight, default=1.0,
         help="classifier-free guidance of a class-conditional model; 1 is none, more shows the class more clearly")
     add("--solver", choices=SOLVERS, help="ODE solver of a true liquid model (default: as trained)")
-    add("--ode-steps", type=integer(1), nargs=3, metavar=("GLOBAL", "LOCAL", "DETAIL"),
+    add("--ode-steps", type=integer(1, 1000, "more change nothing but the time"), nargs=3,
+        metavar=("GLOBAL", "LOCAL", "DETAIL"),
         help="ODE steps of the three cells of a true liquid model (default: as trained)")
     add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one, else mps, else cpu")
     # fmt: on
@@ -80,8 +93,13 @@ def main() -> None:
     args = parser().parse_args()
     if args.eta and args.sampler != "ddim":
         raise UserError(f"--eta: only --sampler ddim has it, got --sampler {args.sampler}")
+    outputs = [*(("--output", name) for name in args.output), ("--gif", args.gif), ("--tau-maps", args.tau_maps)]
+    check_distinct(outputs)
+    for flag, name in outputs:
+        check_not_own(name, flag, args.checkpoint or [])
     keep_freed_memory()
     device = choose_device(args.device)
+    stay_within_memory(device)
     if args.checkpoint is None and not PUBLISHED.exists():
         raise UserError("--checkpoint: name a run folder; there are no published weights beside sample.py")
     drawn = load_all(args.checkpoint or [str(PUBLISHED)])
@@ -101,8 +119,10 @@ def main() -> None:
         for name, one in drawn.items()
     }
     if args.guidance != 1 and None in labels.values():
-        raise UserError("--guidance: this model was trained without --class-conditional")
-    output = output_file(args.output, "--output", ".png")
+        raise UserError("--guidance: this model has no classes; train.py --class-conditional learns them")
+    written = [image_output(name) for name in args.output]
+    if len(drawn) > 1 and any(path.suffix.lower() != ".png" for path in written):
+        raise UserError("--output: single images are of one model; name one --checkpoint, or a PNG")
     gif = output_file(args.gif, "--gif", ".gif") if args.gif else None
     maps = output_file(args.tau_maps, "--tau-maps", ".png") if args.tau_maps else None
     for one in drawn.values():
@@ -110,7 +130,8 @@ def main() -> None:
 
     with out_of_memory_named(min(args.batch_size, args.num_images), "a smaller model"):
         images, frames = draw(args, drawn, labels)
-        write(output, lambda: save_grid(images, output))
+        for path in written:
+            write(path, partial(save_as, path, images, labels, drawn, args.seed))
         if gif is not None:
             write(gif, lambda: save_gif(frames, gif))
         if maps is not None:
@@ -119,6 +140,31 @@ def main() -> None:
             shape = drawn[name].config["shape"]
             found = record(model, drawn[name].scheduler, shape, min(args.num_images, SHOWN), **options)
             write(maps, lambda: save_tau_maps(found, maps))
+
+
+def image_output(name: str) -> Path:
+    """The path of one --output, whose folder is made: a PNG, an NPZ, or a folder, which its name or a slash tells."""
+    path = Path(name)
+    suffix = path.suffix.lower()
+    if name.endswith(("/", os.sep)) or path.is_dir() or (not suffix and not path.exists()):
+        check_writable(path, "--output")
+        make_folder(path, "--output")
+        return path
+    if suffix not in (".png", ".npz"):
+        raise UserError(f"--output: must end in .png, in .npz, or in / for a folder, got {name}")
+    return output_file(path, "--output", suffix)
+
+
+def save_as(
+    path: Path, images: dict[str, Tensor], labels: dict[str, Tensor | None], drawn: dict[str, Drawn], seed: int
+) -> None:
+    """Write what was drawn as the path says: a grid of all, or the single images of the only model."""
+    if path.suffix.lower() == ".png":
+        save_grid(images, path)
+        return
+    name, one = next(iter(drawn.items()))
+    save = save_npz if path.suffix.lower() == ".npz" else save_folder
+    save(images[name], labels[name], list(one.config["classes"]), seed, path)
 
 
 def load_all(checkpoints: list[str]) -> dict[str, Drawn]:
@@ -148,7 +194,7 @@ def draw(
     x_0: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(args.steps)] for name in drawn}  # by step, batches
     images = {}
     total = args.num_images * args.steps * len(drawn)
-    with tqdm(total=total, unit="call", unit_scale=True, mininterval=0.5) as bar:
+    with progress_bar(total=total, unit="call", unit_scale=True) as bar:
         for name, one in drawn.items():
 
             def on_step(step: int, predicted: Tensor, name: str = name) -> None:
@@ -173,21 +219,17 @@ def draw(
 def chosen_labels(classes: str | None, names: list[str], num_classes: int, num_images: int) -> Tensor | None:
     """(num_images,) labels that take turns over the named classes, or over all of a class-conditional model's.
 
-    Raises UserError for a class that the model does not have.
+    Raises UserError for a class that the model does not have, and for what may be two of its classes.
     """
     if not num_classes:
         if classes is not None:
-            raise UserError("--classes: this model was trained without --class-conditional")
+            raise UserError("--classes: this model has no classes; train.py --class-conditional learns them")
         return None
-    chosen = list(range(num_classes))
+    turns = list(range(num_classes))
     if classes is not None:
-        numbers = {str(i): i for i in chosen} | {name: i for i, name in enumerate(names)}
-        wanted = [name.strip() for name in classes.split(",")]
-        unknown = [name for name in wanted if name not in numbers]
-        if unknown:
-            raise UserError(f"--classes: no class {unknown[0]!r}; the model has {', '.join(names)}")
-        chosen = [numbers[name] for name in wanted]
-    return torch.tensor(chosen)[torch.arange(num_images) % len(chosen)]
+        with user_errors("--classes"):
+            turns = chosen(classes, names[:num_classes])
+    return torch.tensor(turns)[torch.arange(num_images) % len(turns)]
 
 
 def write(path: Path, save: Callable[[], None]) -> None:

@@ -13,12 +13,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from diffusion import PREDICTION_TYPES, SCHEDULES
-from images.datasets import DATASETS
+from images.datasets import DATASETS, image_size
 from liquid_diffusion import STEP_FRACTION
 from models import MODELS, build_model
-from runtime.command_line import Parser, integer, number, run, spelled
+from runtime.command_line import Parser, file_or_folder, integer, number, parsed_by, run, spelled
 from runtime.errors import UserError
-from runtime.hardware import DEVICES
+from runtime.hardware import DEVICES, choose_device, stay_within_memory
 from training.config import BEFORE_THE_FLAG, COMPILE, PRECISIONS, TrainConfig
 from training.loop import train
 from training.optimizer import OPTIMIZERS
@@ -34,9 +34,10 @@ BUDGET = {"epochs", "steps", "minutes"}
 
 def parser() -> Parser:
     """All flags, with the defaults of TrainConfig."""
-    length = number("greater than 0 and at most a million", lambda v: 0 < v <= 1e6)
-    rate = number("greater than 0", lambda v: v > 0)
-    decay = number("from 0 to less than 1", lambda v: 0 <= v < 1)
+    length = number(0, 1e6, "a longer run would take years", without=(0,))
+    rate = number(0, 1, "a larger one diverges", without=(0,))
+    decay = number(0, 1, "at 1 the average never moves", without=(1,))
+    every = integer(1, 10**9, "no run has more steps")
     p = Parser(prog="train.py", description="Train one diffusion model into a run folder.")
     add, one_of = p.add_argument, p.add_mutually_exclusive_group().add_argument
     # fmt: off
@@ -45,33 +46,43 @@ def parser() -> Parser:
     add("--random-ode-steps", action="store_true",
         help="train the true model with 0.5 to 4 times its usual ODE steps, so that sample.py may choose them")
     add("--dataset", choices=DATASETS, help="what to learn")
-    add("--data-dir", help="where data sets are kept; with --dataset folder, the folder of your images")
-    add("--image-size", type=integer(4, 4096),
-        help="resize images to this side in pixels (default: the set's own size; folder: 32)")
-    add("--output-dir", help="where the new run folder is made")
+    add("--data-dir", type=file_or_folder,
+        help="where data sets are kept; with --dataset folder, the folder of your images")
+    add("--image-size", metavar="SIDE|HxW", type=parsed_by(image_size),
+        help="resize images to this side in pixels, or to HEIGHTxWIDTH such as 32x48, both multiples of 4 "
+        "(default: the set's own size; folder: 32)")
+    add("--output-dir", type=file_or_folder, help="where the new run folder is made")
     one_of("--epochs", type=length, help="length of the run, in passes over the data set")
-    one_of("--steps", type=integer(1), help="length of the run, in optimizer steps")
+    one_of("--steps", type=integer(1, 10**9, "a longer run would take years"),
+        help="length of the run, in optimizer steps")
     one_of("--minutes", type=length, help="length of the run, in minutes of training")
-    add("--batch-size", type=integer(1, 10**6), help="images per step, over all processes together")
+    add("--batch-size", type=integer(1, 2**16, "more need more memory and learn no faster"),
+        help="images per step, over all processes together")
     add("--optimizer", choices=OPTIMIZERS, help="muon: Muon for matrices and AdamW for the rest; adamw: AdamW for all")
     add("--lr", type=rate, help="peak learning rate")
-    add("--timesteps", type=integer(2, 10**5), help="number of diffusion steps T")
+    add("--timesteps", type=integer(2, 10**5, "finer steps drown in rounding"),
+        help="number of diffusion steps T")
     add("--schedule", choices=SCHEDULES, help="noise schedule")
     add("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts: eps, v, or the edm mixture")
     add("--class-conditional", action="store_true", help="learn the classes, so that `sample.py --classes` can choose")
     add("--ema-decay", type=decay, help="decay of the moving average of the weights, which is what gets saved")
-    add("--seed", type=integer(0), help="seed of the weights, the batches and the noise")
+    add("--seed", type=integer(0, 10**12, "larger ones give nothing new"),
+        help="seed of the weights, the batches and the noise")
     add("--device", choices=DEVICES, help="auto: cuda if there is one, else mps, else cpu")
     add("--precision", choices=PRECISIONS, help="auto: bf16 if the processor multiplies in bf16, else fp32")
     add("--compile", nargs="?", choices=COMPILE, const="on",
         help="torch.compile, on a GPU with CUDA graphs; auto: compile long runs, if there is a compiler")
-    add("--log-every", type=integer(1), help="steps between two lines of metrics.csv")
-    add("--sample-every", type=integer(1), help="steps between two measurements of the held-out loss, each with a grid")
-    add("--save-every", type=integer(1), help="steps between two saves")
+    add("--log-every", type=every, help="steps between two lines of metrics.csv")
+    add("--sample-every", type=every, help="steps between two measurements of the held-out loss, each with a grid")
+    add("--save-every", type=every, help="steps between two saves")
     add("--skip-bad-images", action="store_true",
         help="with --dataset folder: leave out images that cannot be read, and list them")
     add("--tensorboard", action="store_true", help="write TensorBoard events, too")
-    add("--resume", nargs="?", const="latest", metavar="RUN", help="go on with this run folder, or with the latest run")
+    add("--init", type=file_or_folder, metavar="RUN",
+        help="start from the weights of this run folder or model.safetensors, with your own data; classes that it "
+        "lacks start anew")
+    add("--resume", nargs="?", const="latest", type=file_or_folder, metavar="RUN",
+        help="go on with this run folder, or with the latest run")
     add("--dry-run", action="store_true", help="load the data, print what would run, and write nothing")
     # fmt: on
     p.take_defaults({f.name: f.default for f in fields(TrainConfig)})
@@ -96,6 +107,7 @@ def main() -> None:
         config, folder = TrainConfig(**values), None
     else:
         config, folder = resumed(given, Path(values["output_dir"]))
+    stay_within_memory(choose_device(config.device))
     finished = train(config, resume=folder, dry_run=dry_run)
     if finished is not None:
         print(f"done: {finished}\ndraw from it: python sample.py --checkpoint {finished}")

@@ -6,6 +6,7 @@ torchvision is imported only where it is used: the import takes seconds, and a r
 does not need it.
 """
 
+import hashlib
 import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from images.folder import load_image_folder
-from runtime.errors import UserError, reason
+from runtime.errors import UserError, reason, user_errors
 
 HELD_OUT_STRIDE = 50  # every fiftieth image is held out of a set that has no test split of its own
 
@@ -42,11 +43,24 @@ class ImageData:
     classes: tuple[str, ...]
     mirror: bool  # whether training flips images at random
     skipped: tuple[str, ...] = ()  # the images of a folder that could not be read, each with the reason
+    notes: tuple[str, ...] = ()  # what of a folder was passed over, not read, or assumed
 
     @property
     def shape(self) -> tuple[int, int, int]:
         _, channels, height, width = self.train.shape
         return channels, height, width
+
+    def images_per_class(self) -> dict[str, int]:
+        """How many training images each class has."""
+        counts = self.train_labels.bincount(minlength=len(self.classes)).tolist()
+        return dict(zip(self.classes, counts, strict=True))
+
+    def fingerprint(self) -> str:
+        """A hash of all pixels and labels."""
+        digest = hashlib.sha256()
+        for tensor in (self.train, self.train_labels, self.held_out, self.held_out_labels):
+            digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
+        return digest.hexdigest()
 
     def to(self, device: torch.device) -> "ImageData":
         """A copy whose training images and labels are on `device`, if they take at most half of its free memory."""
@@ -56,30 +70,55 @@ class ImageData:
 
 
 def load_images(
-    name: str, data_dir: str | Path, image_size: int | None = None, *, skip_bad_images: bool = False
+    name: str,
+    data_dir: str | Path,
+    size: int | str | None = None,
+    *,
+    skip_bad_images: bool = False,
+    otherwise: str = "use --dataset digits",
 ) -> ImageData:
     """Load a data set; one of `DOWNLOADS` is downloaded into `data_dir` if it is not there.
 
-    image_size: resize to squares with this side in pixels; None keeps the set's own size (32 for a folder).
-    skip_bad_images: leave out the images of a folder that cannot be read, instead of refusing the folder.
+    size: resize to squares with this side in pixels, or to "HEIGHTxWIDTH"; None keeps the set's own size (32 for a
+    folder). skip_bad_images: leave out the images of a folder that cannot be read, instead of refusing the folder.
+    otherwise: what to advise if a set can be neither found nor downloaded.
     Raises UserError for an unknown name, a size that is not a multiple of 4, and data that is missing or unreadable.
     """
     if name not in DATASETS:
         raise UserError(f"--dataset: must be one of {', '.join(DATASETS)}, got {name!r}")
-    if image_size is not None and (image_size < 4 or image_size % 4):
-        raise UserError(f"--image-size: must be a positive multiple of 4, got {image_size}")
-    skipped = ()
+    with user_errors("--image-size"):
+        height, width = sides(size or 32)
+    skipped, notes = (), ()
     if name == "folder":
-        folder = load_image_folder(Path(data_dir), image_size or 32, skip_bad_images=skip_bad_images)
-        splits, classes, skipped = folder.splits, folder.classes, folder.skipped
+        folder = load_image_folder(Path(data_dir), height, width, skip_bad_images=skip_bad_images)
+        splits, classes, skipped, notes = folder.splits, folder.classes, folder.skipped, folder.notes
     elif name == "digits":
         splits, classes = _load_digits()
     else:
-        splits, classes = _download(name, Path(data_dir))
+        splits, classes = _download(name, Path(data_dir), otherwise)
     train, held_out = splits if len(splits) == 2 else _hold_out(*splits[0])
-    if image_size is not None:
-        train, held_out = ((_resize(images, image_size), labels) for images, labels in (train, held_out))
-    return ImageData(name, *train, *held_out, tuple(classes), name in MIRRORED, skipped)
+    if size is not None:
+        train, held_out = ((_resize(images, height, width), labels) for images, labels in (train, held_out))
+    return ImageData(name, *train, *held_out, tuple(classes), name in MIRRORED, skipped, notes)
+
+
+def sides(image_size: int | str) -> tuple[int, int]:
+    """(height, width) of "HEIGHTxWIDTH" or of one number for both. Raises ValueError unless 4 divides both."""
+    height, cross, width = str(image_size).lower().partition("x")
+    try:
+        both = int(height), int(width if cross else height)
+    except ValueError:
+        both = 0, 0
+    if not all(4 <= side <= 4096 and side % 4 == 0 for side in both):
+        kind = "multiples of 4 from 4 to 4096: one number, or HEIGHTxWIDTH"
+        raise ValueError(f"must be {kind}, got {image_size}")
+    return both
+
+
+def image_size(text: str) -> int | str:
+    """An image size as a config keeps it: a number, or "HEIGHTxWIDTH" if the sides differ. Raises ValueError."""
+    height, width = sides(text)
+    return height if height == width else f"{height}x{width}"
 
 
 def _hold_out(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -87,12 +126,16 @@ def _hold_out(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tu
         raise UserError(f"--data-dir: needs at least 2 images to hold one out, found {len(images)}")
     held = torch.zeros(len(images), dtype=torch.bool)
     held[HELD_OUT_STRIDE // 2 :: HELD_OUT_STRIDE] = True
+    held &= labels[~held].bincount(minlength=int(labels.max()) + 1)[labels] > 0  # no class loses all of its images
     if not held.any():
-        held[-1] = True
+        several = (labels.bincount()[labels] > 1).nonzero()
+        if not len(several):
+            raise UserError("--data-dir: each class has a single image, so that none can be held out; use one folder")
+        held[several[-1]] = True
     return (images[~held], labels[~held]), (images[held], labels[held])
 
 
-def _download(name: str, data_dir: Path):
+def _download(name: str, data_dir: Path, otherwise: str):
     from torchvision import datasets
 
     class_name, archive = DOWNLOADS[name]
@@ -102,7 +145,7 @@ def _download(name: str, data_dir: Path):
     except Exception as error:  # depending on how host or file fail, torchvision raises nearly anything
         found = "is cut short or damaged" if wanted.is_file() else "not found"
         raise UserError(
-            f"{wanted}: {found} and not downloadable ({reason(error)}); place it there or use --dataset digits"
+            f"{wanted}: {found} and not downloadable ({reason(error)}); place it there or {otherwise}"
         ) from error
 
 
@@ -155,10 +198,10 @@ def _load_digits():
     return [(images, torch.from_numpy(target).long())], [str(i) for i in range(10)]
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
-    if images.shape[-1] == size:
+def _resize(images: Tensor, height: int, width: int) -> Tensor:
+    if images.shape[-2:] == (height, width):
         return images
     from torchvision.transforms.functional import InterpolationMode, resize
 
     chunks = images.split(4096)
-    return torch.cat([resize(chunk, [size, size], InterpolationMode.BICUBIC, antialias=True) for chunk in chunks])
+    return torch.cat([resize(chunk, [height, width], InterpolationMode.BICUBIC, antialias=True) for chunk in chunks])

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from runtime.errors import RunFailed
-from runtime.files import atomic_path, save_figure
+from runtime.files import PRODUCER, atomic_path, save_figure
 
 GAP, CAPTION = 16, 28  # pixels between two grids, and above a grid for its name
 SMALLEST_SIDE = 64  # pixels; the images of a grid are enlarged to about this side, so that a person sees them
@@ -50,22 +51,24 @@ def grids_beside(grids: dict[str, Tensor]) -> Image.Image:
     return whole
 
 
-def save_grid(images: Tensor | dict[str, Tensor], path: Path) -> None:
+def save_grid(images: Tensor | dict[str, Tensor], path: str | Path) -> None:
     """Write a grid of images (N, C, H, W) in [-1, 1], or several named grids side by side, as PNG."""
     picture = grids_beside(images) if isinstance(images, dict) else grid_image(images)
+    mark = PngInfo()
+    mark.add_text("Software", PRODUCER)
     with atomic_path(path) as temporary:
-        picture.save(temporary, "PNG")
+        picture.save(temporary, "PNG", pnginfo=mark)
 
 
-def save_gif(frames: Sequence[dict[str, Tensor]], path: Path) -> None:
+def save_gif(frames: Sequence[dict[str, Tensor]], path: str | Path) -> None:
     """Write an animation of grids, each frame as for `grids_beside`; the last frame stays for two seconds."""
     pictures = [grids_beside(frame) for frame in frames]
-    durations = [80] * (len(pictures) - 1) + [2000]
+    timing = {"duration": [80] * (len(pictures) - 1) + [2000], "loop": 0}
     with atomic_path(path) as temporary:
-        pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+        pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], comment=PRODUCER, **timing)
 
 
-def save_labelled_rows(rows: dict[str, Tensor], path: Path) -> None:
+def save_labelled_rows(rows: dict[str, Tensor], path: str | Path) -> None:
     """Write rows of images as PNG, each row (N, C, H, W) in [-1, 1] with its label on the left."""
     from matplotlib.figure import Figure  # no pyplot: it would look for a display
 
@@ -79,7 +82,7 @@ def save_labelled_rows(rows: dict[str, Tensor], path: Path) -> None:
     save_figure(path, figure, dpi=120)
 
 
-def save_loss_curves(metrics: Path, path: Path) -> None:
+def save_loss_curves(metrics: Path, path: str | Path) -> None:
     """Plot the training loss and held-out eps-MSE of a `metrics.csv` against the images seen, as PNG."""
     from matplotlib.figure import Figure  # no pyplot: it would look for a display
 

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -72,44 +73,81 @@ def _hyphens(arg: str) -> str:
     return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
 
 
-def integer(minimum: int, maximum: int = 10**12) -> Callable[[str], int]:
-    """An argparse type: an integer from `minimum` to `maximum`."""
+def integer(minimum: int, maximum: int, why: str) -> Callable[[str], int]:
+    """An argparse type: an integer from `minimum` to `maximum`; `why` tells who asks for more why that is the most."""
     kind = {0: "a non-negative integer", 1: "a positive integer"}.get(minimum, f"an integer of at least {minimum}")
 
     def parse(text: str) -> int:
         try:
             value = int(text)
-        except ValueError:
-            value = minimum - 1
+        except ValueError:  # no number, or one of more digits than Python reads
+            value = maximum + 1 if text.strip().lstrip("+").isdecimal() else minimum - 1
         if value > maximum:
-            raise argparse.ArgumentTypeError(f"must be at most {maximum}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be at most {maximum} ({why}), got {_shortened(text)}")
         if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be {kind}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be {kind}, got {_shortened(text)}")
         return value
 
     return parse
 
 
-def number(kind: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
-    """An argparse type: a finite number that is `allowed`; errors describe it as `kind`."""
+def number(minimum: float, maximum: float, why: str, *, without: tuple[float, ...] = ()) -> Callable[[str], float]:
+    """An argparse type: a number from `minimum` to `maximum`, `without` some of the two; `why` is as for `integer`."""
+    least = f"greater than {minimum:g}" if minimum in without else f"of at least {minimum:g}"
+    most = f"less than {maximum:g}" if maximum in without else f"at most {maximum:g}"
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or not allowed(value):
-            raise argparse.ArgumentTypeError(f"must be a number {kind}, got {text}")
+        if value > maximum or (value == maximum and maximum in without):
+            raise argparse.ArgumentTypeError(f"must be {most} ({why}), got {_shortened(text)}")
+        if not minimum <= value or value in without:
+            raise argparse.ArgumentTypeError(f"must be a number {least} and {most}, got {_shortened(text)}")
         return value
 
     return parse
 
 
+def _shortened(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def file_or_folder(text: str) -> str:
+    """An argparse type: a path, in which a leading `~` is the home folder, as shells have it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must be a path, got nothing")
+    expanded = os.path.expanduser(text)
+    if expanded == text and (text == "~" or text.startswith(("~/", f"~{os.sep}"))):
+        raise argparse.ArgumentTypeError(f"{text}: this user has no home folder; write the path without ~")
+    return expanded
+
+
+def parsed_by(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """An argparse type: what `parse` makes of the text; its ValueError is the message."""
+
+    def typed(text: str) -> object:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).replace(text, _shortened(text))) from None
+
+    return typed
+
+
 @contextmanager
 def _handled_by(handler: Callable) -> Iterator[None]:
-    """Let `handler` handle the stop signals. A signal that is ignored, as SIGHUP is under `nohup`, stays ignored."""
+    """Let `handler` handle the stop signals. A signal that is ignored, as SIGHUP is under `nohup`, stays ignored.
+
+    In another thread than the main one nothing happens: Python lets only the main thread handle signals. Neither does
+    it for a signal that another language's code handles, since that could not be restored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    caught = [number for number, previous in before.items() if previous is not signal.SIG_IGN]
+    caught = [number for number, previous in before.items() if previous not in (signal.SIG_IGN, None)]
     for number in caught:
         signal.signal(number, handler)
     try:
@@ -121,7 +159,10 @@ def _handled_by(handler: Callable) -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that receives the first stop signal; a second signal raises KeyboardInterrupt at once."""
+    """A list that receives the first stop signal; a second signal raises KeyboardInterrupt at once.
+
+    In another thread than the main one it stays empty.
+    """
     received: list[int] = []
 
     def note(number: int, frame) -> None:

@@ -7,12 +7,14 @@ file or the new one and never a part of one.
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError, reason
+
+PRODUCER = "liquid-diffusion"  # what the pictures name as their software, so that none is taken for an image of a set
 
 
 @contextmanager
@@ -27,11 +29,12 @@ def errors_named(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` for the block to write; renamed to `path` at the end, removed if the block raises.
 
     Temporary files that a killed process left for the same path are removed first.
     """
+    path = Path(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         owner = left.name.split(".")[-2]
         if owner.isdigit() and not _is_running(int(owner)):
@@ -59,21 +62,21 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def save_text(path: Path, text: str) -> None:
+def save_text(path: str | Path, text: str) -> None:
     """Write text as UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def save_json(path: Path, value: dict[str, Any]) -> None:
+def save_json(path: str | Path, value: dict[str, Any]) -> None:
     """Write readable JSON."""
     save_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def save_figure(path: Path, figure, **options) -> None:
+def save_figure(path: str | Path, figure, **options) -> None:
     """Write a matplotlib figure as PNG."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", **options)
+        figure.savefig(temporary, format="png", metadata={"Software": PRODUCER}, **options)
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -109,3 +112,14 @@ def output_file(path: str | Path, flag: str, suffix: str) -> Path:
     except OSError as error:  # the name is too long
         raise UserError(f"{flag}: cannot write {path} ({reason(error)})") from error
     return path
+
+
+def check_distinct(paths: Sequence[tuple[str, str | Path | None]]) -> None:
+    """Raise UserError if two paths to write are one file, in whatever spelling. paths: (flag, path or None)."""
+    seen: dict[str, str] = {}
+    for flag, path in paths:
+        if path is not None:
+            real = os.path.realpath(path)
+            if real in seen:
+                raise UserError(f"{flag}: {path} is also what {seen[real]} names; give each a file of its own")
+            seen[real] = flag

@@ -16,6 +16,8 @@ from runtime.errors import RunFailed, UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+SAFE_SHARE = 0.9  # of the free memory, which Linux only estimates
 LARGEST_KEPT = 32 * 2**20  # bytes; the largest value that glibc accepts
 
 
@@ -67,6 +69,49 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def free_memory() -> int | None:
+    """How many bytes this process may still take before Linux ends it or another; None where that is not known."""
+    try:
+        known = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
+        free = 1024 * (int(known["MemAvailable"]) + int(known.get("SwapFree", 0)))
+    except (OSError, KeyError):
+        return None
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # in a container; without a limit the file says "max"
+            free = min(free, int((CONTROL_GROUP / limit).read_text()) - int((CONTROL_GROUP / used).read_text()))
+    return max(0, free)
+
+
+def stay_within_memory(device: torch.device, processes: int = 1) -> None:
+    """Let allocations fail, in one line, that Linux would grant and then end the process for, if it runs on a CPU.
+
+    processes: how many share the memory that is free now.
+    """
+    free = free_memory()
+    if free is None or device.type != "cpu":
+        return
+    with contextlib.suppress(ImportError, OSError, ValueError, TypeError):
+        import resource
+
+        allowed, most = _first_limit()
+        taken = re.search(r"^VmData:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        limit = 1024 * int(taken[1]) + int(SAFE_SHARE * free) // processes  # pyright: ignore[reportOptionalSubscript]
+        if allowed != resource.RLIM_INFINITY:
+            limit = min(limit, allowed)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+
+
+@cache
+def _first_limit() -> tuple[int, int]:
+    """The limit of this process's data before `stay_within_memory` set one."""
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_DATA)
 
 
 def make_reproducible(device: torch.device) -> None:

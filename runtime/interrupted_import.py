@@ -1,6 +1,8 @@
-"""Imported first by every command, so that Ctrl-C while torch is imported ends it in one line and not in a traceback.
+"""Imported first by every command: Ctrl-C while torch is imported, and standard streams that the caller has closed.
 
-That import takes seconds. From `command_line.run` on, the command handles stop signals itself.
+That import takes seconds; interrupted, it should end the command in one line and not in a traceback. From
+`command_line.run` on, the command handles stop signals itself. A closed stream (`>&-`) is opened as one to nowhere:
+the next file that the command opens would take its number, and receive what is printed.
 """
 
 import contextlib
@@ -17,4 +19,16 @@ def _leave_if_interrupted(kind: type[BaseException], error: BaseException, trace
     os._exit(130)  # at once, since half-imported modules may not be able to end in order
 
 
+def _open_closed_streams() -> None:
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            os.set_inheritable(nowhere, True)
+        if getattr(sys, name) is None:  # as Python leaves it
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115
+
+
+_open_closed_streams()
 sys.excepthook = _leave_if_interrupted

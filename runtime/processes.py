@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.errors import user_errors
 from runtime.hardware import choose_device
+
+FROM_TORCHRUN = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,22 @@ class Processes:
 
 @contextmanager
 def join_processes(device_name: str) -> Iterator[Processes]:
-    """Join the processes that `torchrun` started, if it did, and leave them at the end of the block."""
+    """Join the processes that `torchrun` started, if it did, and leave them at the end of the block.
+
+    Raises UserError if the variables that it sets have no meaning.
+    """
     device = choose_device(device_name)
-    if "LOCAL_RANK" not in os.environ:
+    if not all(os.environ.get(name) for name in FROM_TORCHRUN):  # some cluster software sets one or another alone
         yield Processes(device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        with user_errors("the environment's LOCAL_RANK"):
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with user_errors(f"the environment's {', '.join(FROM_TORCHRUN)}"):
+        if not 0 <= int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]):  # it would be waited for without end
+            raise ValueError(f"there is no process {os.environ['RANK']} among {os.environ['WORLD_SIZE']}")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         yield Processes(device, dist.get_rank(), dist.get_world_size(), control)

@@ -6,10 +6,12 @@ import importlib
 import io
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,8 @@ from images.batches import held_out_bank
 from runtime import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
+# the user's own cache stays as it is
+os.environ["XDG_CACHE_HOME"] = str(Path(tempfile.gettempdir()) / "liquid-diffusion-tests")
 # torch's compiler would start processes to help it, which import torch for longer than these small networks take
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # one thread per process: the runs are small, and several tests may run at once
@@ -220,6 +224,15 @@ def refused(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> No
     assert all(not part or "img" in part or "call" in part for part in bar), done.stderr
     for word in words:
         assert word in line
+    if done.args and str(done.args[0]).endswith(".py"):
+        check_advice(importlib.import_module(str(done.args[0]).removesuffix(".py")), line, done.args[1:])
+
+
+def check_advice(module, message: str, arguments: Sequence) -> None:
+    """Check that a command has every flag that its error names, apart from `x.py --flag` and what the user typed."""
+    known = {flag for action in module.parser()._actions for flag in action.option_strings}
+    named = set(re.findall(r"(?<![\w-])(?<!\.py )--[a-z][a-z-]+", message)) - known
+    assert not {flag for flag in named if not any(flag in str(word) for word in arguments)}, message
 
 
 def call(module, *arguments) -> tuple[int, str, str]:
@@ -234,6 +247,8 @@ def call(module, *arguments) -> tuple[int, str, str]:
             code = left.code
         finally:
             sys.argv = before
+    if code:
+        check_advice(module, err.getvalue(), arguments)
     return code, out.getvalue(), err.getvalue()
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 import sample
 import train
 from images.datasets import DATASETS, load_images
-from images.folder import IMAGE_SUFFIXES
+from images.decode import readable_suffixes
 from models import MODELS, build_model
 from runtime.errors import UserError
 from training import checkpoint
@@ -108,8 +108,12 @@ def test_any_command_line_of_train_is_taken_or_refused(words):
 
 @given(words=arguments(sample))
 def test_any_command_line_of_sample_is_taken_or_refused(words):
-    drawn = torch.zeros(1, 3, 8, 8), [torch.zeros(1, 3, 8, 8)]
-    with mock.patch.object(sample, "draw", lambda *_: drawn):
+    def draw(_, drawn, labels):
+        images = {name: torch.zeros(1, 3, 8, 8) for name in drawn}
+        return images, [images]
+
+    # single images are not written: a folder may be anywhere
+    with mock.patch.multiple(sample, draw=draw, save_folder=mock.DEFAULT, save_npz=mock.DEFAULT):
         check_command(sample, words)
 
 
@@ -223,7 +227,7 @@ def image_files(draw) -> bytes:
 
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=20)
-SUFFIXES = st.sampled_from([*sorted(IMAGE_SUFFIXES), ".PNG", ".txt", ""])
+SUFFIXES = st.sampled_from([*sorted(readable_suffixes()), ".PNG", ".txt", ""])
 
 
 @given(

@@ -145,8 +145,8 @@ def test_an_output_folder_that_is_a_file_is_named(tmp_path):
 def test_config_is_read_or_refused(tmp_path):
     with pytest.raises(UserError, match="run folder"):
         read_config(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    assert read_config(tmp_path) == CONFIG
+    (tmp_path / "config.json").write_text(json.dumps({"train": CONFIG}))
+    assert read_config(tmp_path) == {"train": CONFIG}
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not readable"):
         read_config(tmp_path)

@@ -120,7 +120,7 @@ def test_links_are_followed_once_and_what_is_no_file_is_left_alone(tmp_path):
     os.symlink(root, root / "again")  # without end
     os.mkfifo(root / "pipe.png")  # reading it would wait for ever
     (root / "folder.png").mkdir()
-    found = load_image_folder(root, 8)
+    found = load_image_folder(root, 8, 8)
     ((images, labels),) = found.splits
     assert images[:, 0, 0, 0].tolist() == [1, 2]
     assert [found.classes[label] for label in labels] == ["dog", "set"]
@@ -132,11 +132,11 @@ def test_sixteen_bit_images_are_turned_upright_too_and_float_ones_are_refused(tm
     exif = Image.Exif()
     exif[0x0112] = 3  # "turned by 180 degrees"
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    ((images, _),) = load_image_folder(tmp_path, 8).splits
+    ((images, _),) = load_image_folder(tmp_path, 8, 8).splits
     assert images[0, 0, 1].max() == 0 and images[0, 0, 6].min() == 255
     Image.fromarray(np.ones((40, 40), np.float32)).save(tmp_path / "b.tiff")
     with pytest.raises(UserError, match=r"b\.tiff: floating-point"):
-        load_image_folder(tmp_path, 8)
+        load_image_folder(tmp_path, 8, 8)
 
 
 def test_a_disk_without_room_for_the_temporary_file_is_a_failure_and_no_bus_error(tmp_path, monkeypatch):
@@ -147,6 +147,6 @@ def test_a_disk_without_room_for_the_temporary_file_is_a_failure_and_no_bus_erro
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(RunFailed, match="TMPDIR"):
-            load_image_folder(tmp_path, 32)
+            load_image_folder(tmp_path, 32, 32)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

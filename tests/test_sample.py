@@ -256,11 +256,9 @@ def test_a_model_that_is_not_of_its_config_is_refused_by_its_name(digits_run, in
 
 def test_outputs_that_cannot_be_are_refused_by_their_flag(digits_run, tmp_path):
     (tmp_path / "file").write_text("kept")
-    for flag in ("--output", "--gif"):
-        elsewhere = [] if flag == "--output" else ["--output", tmp_path / "fine.png"]
-        code, _, err = call(
-            sample, *("--checkpoint", digits_run, "--steps", 2, "--num-images", 1), *elsewhere, flag, tmp_path
-        )
+    options = ["--checkpoint", digits_run, "--steps", 2, "--num-images", 1, "--output", tmp_path / "fine.png"]
+    for flag in ("--gif", "--tau-maps"):  # a folder; --output takes one
+        code, _, err = call(sample, *options, flag, tmp_path)
         assert code == 2 and f"sample.py: error: {flag}: " in err and str(tmp_path) in err
     line = line_of_refusal("--checkpoint", digits_run, "--output", tmp_path / "file" / "a.png")
     assert "--output" in line and (tmp_path / "file").read_text() == "kept"

@@ -13,10 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, call, refused, rows, run_command, run_forked, trained
+import torch
+from conftest import ROOT, TINY, call, forked, refused, rows, run_command, run_forked, trained
 from PIL import Image
 
 import train
+from runtime import hardware
+from runtime.progress import progress_bar
 from training.checkpoint import read_model
 from training.run_folder import make_run_folder
 
@@ -196,3 +199,103 @@ def test_runs_that_claim_a_folder_at_the_same_moment_get_different_ones(tmp_path
         children.append(child)
     assert all(os.waitpid(child, 0)[1] == 0 for child in children)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i:05d}-run" for i in range(96)]
+
+
+@pytest.mark.parametrize("numbers", ["0", "1", "2", "0,1,2"])
+def test_closed_streams_change_nothing_but_what_is_seen(numbers, whole_run, tmp_path):
+    """`>&-`: nothing is printed, and no file that the command opens gets what would have been printed."""
+    code = "import os, sys\nfor n in sys.argv[1].split(','): os.close(int(n))\nos.execv(sys.executable, sys.argv[2:])"
+    words = ["--checkpoint", whole_run, "--steps", 1, "--num-images", 1, "--output", tmp_path / "a.png"]
+    command = [sys.executable, ROOT / "sample.py", *words]
+    done = subprocess.run([sys.executable, "-c", code, numbers, *map(str, command)], capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout == b"") == ("1" in numbers) and (done.stderr == b"") == ("2" in numbers)
+    assert Image.open(tmp_path / "a.png").size[0] >= 8
+
+
+def test_an_error_to_a_closed_stream_is_an_exit_code(tmp_path):
+    for module_stream in ("stdout", "stderr"):
+        code = (
+            f"import sys; sys.{module_stream} = None; sys.argv = ['train.py', '--lr', '5']; sys.path.insert(0, '.')\n"
+        )
+        code += "import runpy; runpy.run_path('train.py', run_name='__main__')"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_one_variable_of_torchrun_alone_means_nothing_and_wrong_ones_are_refused(light, tmp_path, monkeypatch):
+    alone = [*TINY, "--steps", 1, "--output-dir", tmp_path]
+    for name, value in (("LOCAL_RANK", "0"), ("RANK", "3"), ("WORLD_SIZE", "8"), ("MASTER_ADDR", "nowhere")):
+        with monkeypatch.context() as environment:
+            environment.setenv(name, value)
+            code, _, err = call(train, *alone)
+        assert code == 0, err
+    right = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (("RANK", "x"), ("RANK", "1"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "abc")):
+        with monkeypatch.context() as environment:
+            for variable, good in (right | {name: value}).items():
+                environment.setenv(variable, good)
+            code, _, err = call(train, *alone)
+        assert code == 2 and err.count("\n") == 1 and name in err, err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_file_gets_a_line_of_progress_every_half_minute(monkeypatch):
+    clock = itertools.count(1e9, 1)  # each look at the clock is a second later
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress_bar(total=200, desc="drawing") as bar:
+        for _ in range(200):
+            bar.update()
+    *lines, end = sys.stderr.getvalue().split("\n")
+    assert 4 <= len(lines) <= 9 and end == "" and "\r" not in "".join(lines)
+    assert all(line.startswith("drawing") and len(line) < 100 for line in lines) and "200/200" in lines[-1]
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    progress_bar(total=2, leave=False).close()
+    assert sys.stderr.getvalue() == ""
+
+
+def test_a_terminal_gets_one_line_that_moves(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress_bar(total=3, mininterval=0) as bar:
+        for _ in range(3):
+            bar.update()
+    assert sys.stderr.getvalue().count("\r") >= 3 and sys.stderr.getvalue().count("\n") == 1
+
+
+def little_is_free(free: int = 1 << 28) -> None:
+    """From now on this process believes that so many bytes are free."""
+    hardware.free_memory = lambda: free
+
+
+def limited_memory(free: int) -> list:
+    """Whether too large a tensor is refused as such, and a smaller one's size."""
+    little_is_free(free)
+    hardware.stay_within_memory(torch.device("cpu"))
+    try:
+        torch.empty(2 * free, dtype=torch.uint8)
+    except RuntimeError as error:
+        return [hardware.is_out_of_memory(error), torch.empty(free // 4, dtype=torch.uint8).numel()]
+    return []
+
+
+def test_what_does_not_fit_the_memory_fails_and_the_process_is_not_killed(tmp_path):
+    assert forked(limited_memory, 1 << 28) == [True, 1 << 26]
+    options = [*TINY, "--batch-size", 60_000, "--output-dir", tmp_path]
+    done = run_forked("train.py", *options, prepare=little_is_free)
+    refused(done, "out of memory", "--batch-size 30000", code=1)
+
+
+def test_the_free_memory_is_that_of_the_container(tmp_path, monkeypatch):
+    whole = hardware.free_memory()
+    assert whole is not None and whole > 1 << 27
+    monkeypatch.setattr(hardware, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("300\n")
+    (tmp_path / "memory.current").write_text("100\n")
+    assert hardware.free_memory() == 200
+    (tmp_path / "memory.max").write_text("max\n")
+    assert hardware.free_memory() > 1 << 27

@@ -22,7 +22,7 @@ from diffusion import DDPMScheduler, Denoiser
 from models import build_model
 from runtime.errors import UserError, reason
 from runtime.files import atomic_path
-from training.run_folder import MODEL_FILE, RESUME_FILE
+from training.run_folder import CONFIG_FILE, MODEL_FILE, RESUME_FILE, instead_of
 
 FORMAT = "liquid-diffusion"
 FORMAT_VERSION = 3
@@ -67,24 +67,29 @@ def _checksum(tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(weights, config) of a `model.safetensors`, or of the one in a run folder.
 
     Raises UserError, naming the file, if it is missing, damaged, of another program or of an unknown format version.
     """
+    named = path = Path(path)
     try:
         path = path / MODEL_FILE if path.is_dir() else path
         path.stat()
     except OSError as error:
-        raise UserError(f"{path}: {reason(error)}") from error
+        nothing = "nothing was saved yet" if (named / CONFIG_FILE).is_file() else "name a run folder or its weights"
+        raise UserError(f"{path}: {reason(error)}; {instead_of(named) or nothing}") from error
+    advice = f"; {instead_of(path)}" if instead_of(path) else ""
+    if path.name == RESUME_FILE:
+        raise UserError(f"{path}: holds what training needs to go on{advice or f'; name the {MODEL_FILE} of its run'}")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except Exception as error:  # a damaged file raises nearly anything
-        raise UserError(f"{path}: not a readable safetensors file ({reason(error)})") from error
+        raise UserError(f"{path}: not a readable safetensors file ({reason(error)}){advice}") from error
     if FORMAT not in metadata:
-        raise UserError(f"{path}: not a model of this project (its metadata lacks {FORMAT!r})")
+        raise UserError(f"{path}: not a model of this project (its metadata lacks {FORMAT!r}){advice}")
     try:
         about = json.loads(metadata[FORMAT])
         version, config, checksum = about["format_version"], about.get("config"), about.get("sha256")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 PRECISIONS = ("auto", "fp32", "bf16")
 COMPILE = ("auto", "on", "off")
@@ -16,8 +17,8 @@ class TrainConfig:
     model_config: dict = field(default_factory=dict)  # further arguments of the network
     class_conditional: bool = False
     dataset: str = "cifar10"
-    data_dir: str = "data"
-    image_size: int | None = None
+    data_dir: str | Path = "data"
+    image_size: int | str | None = None  # a side in pixels, or "HEIGHTxWIDTH"
     epochs: float | None = 3  # exactly one of epochs, steps and minutes is not None
     steps: int | None = None
     minutes: float | None = None
@@ -32,13 +33,19 @@ class TrainConfig:
     device: str = "auto"
     precision: str = "auto"
     compile: str = "auto"  # "auto", "on" or "off"
-    output_dir: str = "runs"
+    output_dir: str | Path = "runs"
     log_every: int = 100
     sample_every: int = 5000
     save_every: int = 1000
     tensorboard: bool = False
     skip_bad_images: bool = False
+    init: str | Path | None = None  # the run or file whose weights the run starts from
     draw_grids: bool = True  # no flag: a comparison measures only the held-out loss
+
+    def __post_init__(self) -> None:
+        for name in ("data_dir", "output_dir", "init"):  # a Path is kept as text, as in config.json
+            if isinstance(getattr(self, name), Path):
+                object.__setattr__(self, name, str(getattr(self, name)))
 
     def total_steps(self, num_images: int) -> int | None:
         """Optimizer steps of the run on a set of `num_images`; None if the run is bounded by minutes."""

@@ -10,23 +10,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from diffusion import DDPMScheduler, Denoiser
+from diffusion import DDPMScheduler
 from images.batches import held_out_bank
 from images.datasets import ImageData, load_images
-from kernels import liquid_kernel
 from kernels.compilation import is_compiler_failure
-from models import count_parameters, multiply_adds
 from runtime.command_line import stop_signals
 from runtime.errors import RunFailed, UserError, reason, user_errors
 from runtime.files import check_writable, save_json
 from runtime.hardware import is_out_of_memory, keep_freed_memory, make_reproducible
 from runtime.processes import Processes, is_lost_process, join_processes
+from runtime.progress import progress_bar
 from training.compute import resolved
 from training.config import TrainConfig
 from training.run_folder import (
@@ -38,17 +37,17 @@ from training.run_folder import (
     what_is_safe,
 )
 from training.run_log import RunLog, tensorboard_writer
+from training.start import start_from
 from training.state import TrainState, untrained
 from training.step import TrainStep
+from training.summary import changes_since, description, rate_jump
 from training.validation import held_out_loss, sample_grid
-
-SKIPPED_SHOWN = 3
 
 
 def train(
     config: TrainConfig,
     *,
-    resume: Path | None = None,
+    resume: str | Path | None = None,
     dry_run: bool = False,
     data: ImageData | None = None,
     on_progress: Callable[[float], None] | None = None,
@@ -62,6 +61,7 @@ def train(
     """
     if config.tensorboard:
         tensorboard_writer()  # if it is missing, fail before the data is read
+    resume = None if resume is None else Path(resume)
     if resume is not None:
         check_writable(resume, "--resume")
     elif not dry_run:
@@ -79,6 +79,8 @@ def train(
             data = data or load_images(
                 config.dataset, config.data_dir, config.image_size, skip_bad_images=config.skip_bad_images
             )
+            if resume is not None and config.dataset == "folder":
+                data = replace(data, notes=(*data.notes, *changes_since(resume, data)))
             data = data.to(processes.device)
         if config.class_conditional and len(data.classes) < 2:
             raise UserError(f"--class-conditional: {config.data_dir} has no classes to tell apart")
@@ -89,6 +91,8 @@ def train(
                 scheduler, state = untrained(config, data, processes.device)
             if resume is not None:
                 state.restore(run, processes)
+            elif config.init is not None:
+                started = start_from(config.init, state)
             config = resolved(config, state.model, data, processes)
         if processes.is_main and resume is None and not dry_run:
             run = make_run_folder(run.parent, f"{config.model}-{config.dataset}")
@@ -96,12 +100,19 @@ def train(
         with failures_named(run, processes, smaller):
             if processes.is_main and on_progress is None:
                 print(description(config, data, state.model, processes, run), flush=True)
+                if resume is None and config.init is not None:
+                    print(f"start    {started}", flush=True)
+                if resume is not None:
+                    print(rate_jump(run, config, state, len(data.train)), end="", flush=True)
             if dry_run:
                 return None
             if processes.is_main:
                 versions = {"python": platform.python_version(), "torch": torch.__version__}
                 record = {"train": asdict(config), "model": state.about, "versions": versions, "command": sys.argv}
                 record |= {"skipped_images": data.skipped} if data.skipped else {}
+                if config.dataset == "folder":
+                    about = {"classes": data.images_per_class(), "pixels": data.fingerprint(), "notes": data.notes}
+                    record["folder"] = about
                 save_json(run / CONFIG_FILE, record)
             finished = loop(config, data, scheduler, state, processes, run, on_progress)
         if not finished:
@@ -148,8 +159,8 @@ def loop(
     first_step, started, lr = state.step, time.monotonic() - state.seconds, 0.0
     with (
         stop_signals() as received,
-        Records(config, data, scheduler, state, processes, run) as records,
-        progress_bar(config, data, state.step, shown=processes.is_main and on_progress is None) as bar,
+        Records(step, run) as records,
+        bar_of_run(config, data, state.step, shown=processes.is_main and on_progress is None) as bar,
     ):
         while True:
             stop, state.seconds = processes.agree(float(bool(received)), time.monotonic() - started)
@@ -172,19 +183,12 @@ class Records:
     All processes of a run call it alike, but only the main one writes.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        data: ImageData,
-        scheduler: DDPMScheduler,
-        state: TrainState,
-        processes: Processes,
-        run: Path,
-    ):
-        self.config, self.data, self.scheduler, self.state = config, data, scheduler, state
-        self.processes, self.run = processes, run
-        self.bank = held_out_bank(data, config.timesteps)
-        self.log = RunLog(run, step=state.step, tensorboard=config.tensorboard) if processes.is_main else None
+    def __init__(self, step: TrainStep, run: Path):
+        self.config, self.data, self.scheduler, self.state = step.config, step.data, step.scheduler, step.state
+        self.processes, self.run = step.processes, run
+        self.bank = held_out_bank(step.data, step.config.timesteps)
+        tensorboard = step.config.tensorboard
+        self.log = RunLog(run, step=step.state.step, tensorboard=tensorboard) if step.processes.is_main else None
 
     def keep(self, bar: tqdm, lr: float, progress: float, *, stop: bool) -> float:
         """Log, measure, draw and save what is due after this step; returns the seconds that measuring and saving took.
@@ -238,37 +242,9 @@ class Records:
             self.log.close()
 
 
-def description(config: TrainConfig, data: ImageData, model: Denoiser, processes: Processes, run: Path) -> str:
-    """What is about to run, in a few lines."""
-    device = processes.device.type
-    where = device if processes.world_size == 1 else f"{processes.world_size} x {device}"
-    if device == "cpu":
-        where += f", {torch.get_num_threads()} threads"
-    shape = "x".join(map(str, data.shape))
-    steps = config.total_steps(len(data.train))
-    budget = f"{config.minutes:g} minutes" if steps is None else f"{steps:,} steps"
-    macs = multiply_adds(model, data.shape)
-    how = [config.precision] + ["compiled"] * (config.compile == "on")
-    if config.model == "true" and config.precision == "bf16" and device == "cpu":
-        how += ["liquid kernel"] * liquid_kernel.available()
-    lines = [
-        f"device   {where}, {', '.join(how)}",
-        f"model    {config.model}: {count_parameters(model):,} parameters, {macs:,} multiply-adds per forward pass",
-        f"data     {config.dataset}: {len(data.train):,} images {shape}, {len(data.held_out):,} held out",
-        *(f"skipped  {line}" for line in data.skipped[:SKIPPED_SHOWN]),
-        f"budget   {budget} of {config.batch_size} images, seed {config.seed}",
-        f"output   {run}",
-    ]
-    if len(data.skipped) > SKIPPED_SHOWN:
-        lines.insert(-2, f"         {len(data.skipped):,} images in all; {CONFIG_FILE} lists them")
-    return "\n".join(lines)
-
-
-def progress_bar(config: TrainConfig, data: ImageData, step: int, *, shown: bool) -> tqdm:
+def bar_of_run(config: TrainConfig, data: ImageData, step: int, *, shown: bool) -> tqdm:
     """Images seen, images per second, time left and, after the first log line, the loss."""
     total_steps = config.total_steps(len(data.train))
     total = total_steps and total_steps * config.batch_size
     name = config.model if total else f"{config.model}, {config.minutes:g} min"
-    return tqdm(
-        desc=name, total=total, initial=step * config.batch_size, unit="img", mininterval=0.5, disable=not shown
-    )
+    return progress_bar(desc=name, total=total, initial=step * config.batch_size, unit="img", disable=not shown)

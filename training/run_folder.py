@@ -7,7 +7,7 @@ runs/00003-true-cifar10/
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,11 @@ from typing import Any
 from runtime.errors import UserError, reason
 
 MODEL_FILE, RESUME_FILE, CONFIG_FILE = "model.safetensors", "checkpoint.pt", "config.json"
+# what other commands may not write over: by the file that tells whose folder it is
+OWN_FILES = {
+    CONFIG_FILE: (CONFIG_FILE, MODEL_FILE, RESUME_FILE, "metrics.csv", "loss.png"),
+    "comparison.json": ("comparison.json", "grid.png", "curves.png"),
+}
 
 
 def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
@@ -83,14 +88,52 @@ def only_writer(run: Path) -> Iterator[None]:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The `config.json` of a run folder. Raises UserError if it is missing or not JSON."""
+    """The `config.json` of a run folder. Raises UserError if it is missing or not that of a run."""
     path = run / CONFIG_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is {run} a run folder?") from None
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file; {instead_of(run) or f'is {run} a run folder?'}") from None
     except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: not readable ({reason(error)})") from error
+    train = config.get("train") if isinstance(config, dict) else None
+    if not isinstance(train, dict) or not isinstance(train.get("data_dir", ""), str):
+        raise UserError(f"{path}: not the config of a run; name another folder, or move the file away")
+    return config
+
+
+def instead_of(path: Path) -> str:
+    """What to name instead of a path that is no run and no weights; empty if none are near."""
+    try:
+        beside = path.parent / MODEL_FILE
+        if path.is_file() and path.name != MODEL_FILE and beside.is_file():
+            return f"name {beside}"
+        folder = path if path.is_dir() else path.parent
+        runs = [run for run in run_folders(folder) if (run / MODEL_FILE).is_file()]
+        if not runs:  # the folder of a comparison, or one above
+            runs = sorted(file.parent for file in folder.glob(f"runs/**/{MODEL_FILE}") if file.is_file())
+        started = [run for run in runs if run.name.startswith(path.name)]
+        return f"name one of the runs in {folder}, such as {(started or runs)[-1]}" if runs else ""
+    except (OSError, UserError):
+        return ""
+
+
+def check_not_own(path: str | Path | None, flag: str, checkpoints: Sequence[str | Path] = ()) -> None:
+    """Raise UserError, naming the flag, if a file to write is a run's or comparison's own or one of the checkpoints."""
+    if path is None:
+        return
+    real = os.path.realpath(path)
+    folder, name = os.path.split(real)
+    if real in {os.path.realpath(checkpoint) for checkpoint in checkpoints}:
+        raise UserError(f"{flag}: {path} is the checkpoint itself; name another file")
+    for owner, names in OWN_FILES.items():
+        if os.path.isfile(os.path.join(real, owner)):
+            raise UserError(f"{flag}: {path} is the folder of a run or comparison; name another")
+        if name.casefold() in names and os.path.isfile(os.path.join(folder, owner)):
+            raise UserError(f"{flag}: {path} is a file that the run or comparison needs; name another file")
+    run, samples = os.path.split(folder)
+    if samples == "samples" and os.path.isfile(os.path.join(run, CONFIG_FILE)):
+        raise UserError(f"{flag}: {path} is among the run's own grids; name a file in another folder")
 
 
 def what_is_safe(run: Path) -> str:

@@ -3,19 +3,43 @@
 import argparse
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from images.datasets import ImageData
 from lab.comparison.verdict import Cost, Point, Result
 from models import ARMS
+from runtime.errors import RunFailed, UserError
 from training.config import TrainConfig
 from training.loop import train
 from training.run_folder import RESUME_FILE, run_folders
 
 MEASUREMENTS = 10  # held-out losses per training run, for the curves
 IMAGES_PER_MEASUREMENT = 2500  # or more; a measurement costs as much as training on 700 images
+
+
+# what the advice of a training run is called in compare.py
+ADVICE = {
+    "try a lower --lr": "try lower --lrs",
+    "use --compile off": "leave out --compile",
+    "--resume goes on from there": "the same command goes on from there",
+    "--resume: ": "--output-dir: ",
+    "--model: ": "--arms: ",
+}
+
+
+@contextmanager
+def advice_fits() -> Iterator[None]:
+    """Let the errors of a training run advise what compare.py has."""
+    try:
+        yield
+    except (UserError, RunFailed) as error:
+        message = str(error)
+        for advice, ours in ADVICE.items():
+            message = message.replace(advice, ours)
+        raise type(error)(message) from error
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,7 @@ def arm_config(s: argparse.Namespace, arm: str) -> TrainConfig:
         "dataset",
         "data_dir",
         "image_size",
+        "skip_bad_images",
         "batch_size",
         "timesteps",
         "schedule",
@@ -115,7 +140,8 @@ class Experiment:
             done = min(progress, 1)
 
         resume = started[-1] if started else None
-        finished = train(self.config(training), resume=resume, data=self.data, on_progress=pass_on)
+        with advice_fits():
+            finished = train(self.config(training), resume=resume, data=self.data, on_progress=pass_on)
         assert finished is not None  # as after a dry run
         pass_on(1)
         with open(finished / "metrics.csv", newline="", encoding="utf-8") as file:

@@ -18,6 +18,7 @@ from lab.comparison.experiment import Experiment, Training
 from lab.comparison.verdict import Point, Result
 from runtime.command_line import STOP_SIGNALS, stop_signals
 from runtime.errors import RunFailed, UserError
+from runtime.hardware import choose_device, stay_within_memory
 
 # A terminal sends these signals to all processes of a command. The others ignore them; the first sends them SIGTERM.
 FROM_A_TERMINAL = [number for number in STOP_SIGNALS if number != signal.SIGTERM]
@@ -122,6 +123,7 @@ def _run(training: Training, threads: int, connection: Any) -> None:
     try:
         connection.send(None)
         experiment = pickle.loads(connection.recv_bytes())  # noqa: S301  # from the process that started this one
+        stay_within_memory(choose_device(experiment.settings.device), experiment.settings.jobs)
         ended = experiment.run(training, advance)
     except (UserError, RunFailed) as error:
         ended = error

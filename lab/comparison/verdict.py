@@ -183,9 +183,13 @@ def read_rows(kind: type[Cost] | type[Result] | type[Point], path: Path) -> list
     try:
         with open(path, newline="", encoding="utf-8") as file:
             types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
-            return [kind(**{name: type_(row[name]) for name, type_ in types.items()}) for row in csv.DictReader(file)]
-    except (KeyError, OSError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}: not the rows of a comparison ({reason(error)})") from error
+            table = csv.DictReader(file)
+            lacking = [name for name in types if name not in (table.fieldnames or [])]
+            if lacking:
+                raise ValueError(f"it has no column {lacking[0]!r}")
+            return [kind(**{name: type_(row[name]) for name, type_ in types.items()}) for row in table]
+    except (OSError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: not of a comparison ({reason(error)}); use another --output-dir") from error
 
 
 def save_curves(results: Sequence[Result], points: Sequence[Point], path: Path) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from runtime.errors import UserError, reason
+from runtime.progress import progress_bar
 
 TIMEOUT = 10  # seconds to wait for the host's answer
 KID_SUBSET = 1000
@@ -91,7 +92,7 @@ def inception_distances(
     from torch_fidelity import calculate_metrics
 
     subset = min(KID_SUBSET, len(samples), len(reference))
-    with tqdm(desc="Inception", total=len(samples) + len(reference), unit="img", mininterval=0.5) as bar:
+    with progress_bar(desc="Inception", total=len(samples) + len(reference), unit="img") as bar:
         metrics = calculate_metrics(
             input1=_Images(samples, bar),
             input2=_Images(reference, bar),

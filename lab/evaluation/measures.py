@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion import DDPMScheduler, Denoiser, carries_state, sample_images
 from images.batches import Batch, held_out_bank, to_float
@@ -28,6 +27,7 @@ from lab.evaluation.sliced_wasserstein import DIRECTIONS, PATCH, PATCHES, num_bl
 from liquid_diffusion import TrueLiquidDiffusionModel
 from models import count_parameters, multiply_adds
 from runtime.errors import RunFailed
+from runtime.progress import progress_bar
 from training.validation import held_out_loss
 
 BINS = 10
@@ -118,7 +118,7 @@ def eps_mse(model: Denoiser, scheduler: DDPMScheduler, bank: Batch) -> Report:
     """
     bins = bank.t * BINS // scheduler.num_timesteps
     parts = []
-    with tqdm(desc="eps-MSE", total=2 * len(bank.t), unit="call", mininterval=0.5) as bar:
+    with progress_bar(desc="eps-MSE", total=2 * len(bank.t), unit="call") as bar:
         overall = finite(held_out_loss(model, scheduler, bank), "the held-out eps-MSE")
         bar.update(len(bank.t))
         for i in range(BINS):
@@ -145,7 +145,7 @@ def eps_mse(model: Denoiser, scheduler: DDPMScheduler, bank: Batch) -> Report:
 def by_solver(model: TrueLiquidDiffusionModel, scheduler: DDPMScheduler, bank: Batch) -> Report:
     """The part of the report on the held-out eps-MSE with every ODE solver."""
     total = num_points() * len(bank.t)
-    with tqdm(desc="ODE solvers", total=total, unit="call", mininterval=0.5) as bar:
+    with progress_bar(desc="ODE solvers", total=total, unit="call") as bar:
         points = ode_work(model, scheduler, bank, on_images=bar.update)
     return {
         "points": points,
@@ -161,7 +161,7 @@ def bound(model: Denoiser, scheduler: DDPMScheduler, data: ImageData, count: int
     if len(index) < 2:
         return not_measured("needs at least 2 held-out images")
     strata = timestep_strata(scheduler.num_timesteps, NUM_STRATA)
-    with tqdm(desc="bits/dim", total=len(index) * (1 + len(strata)), unit="call", mininterval=0.5) as bar:
+    with progress_bar(desc="bits/dim", total=len(index) * (1 + len(strata)), unit="call") as bar:
         terms = variational_bound(
             model,
             scheduler,
@@ -213,7 +213,7 @@ def draw(
 ) -> tuple[Tensor, Report]:
     """(uint8 samples (N, C, H, W), how and how fast they were drawn); the classes take turns."""
     labels = torch.arange(num_images) % model.num_classes if model.num_classes else None
-    with tqdm(desc="sampling", total=num_images * steps, unit="call", unit_scale=True, mininterval=0.5) as bar:
+    with progress_bar(desc="sampling", total=num_images * steps, unit="call", unit_scale=True) as bar:
         started = time.monotonic()
         images = sample_images(
             model,
@@ -244,13 +244,13 @@ def draw(
 
 def patch_distance(images: Tensor, data: ImageData, device: torch.device, seed: int) -> Report:
     """Sliced Wasserstein distance of samples from held-out images; the floor is that of as many training images."""
-    side = data.shape[-1]
-    if not pyramid_levels(side):
-        return not_measured(f"patches of {PATCH}x{PATCH} need larger images than {side}x{side}")
+    sides = data.shape[1:]
+    if not pyramid_levels(*sides):
+        return not_measured(f"patches of {PATCH}x{PATCH} need larger images than {sides[0]}x{sides[1]}")
     n = min(len(images), len(data.held_out), len(data.train))
     held_out = data.held_out[choice(len(data.held_out), n, seed)]
     train = data.train[choice(len(data.train), n, seed).to(data.train.device)]
-    with tqdm(desc="sliced Wasserstein", total=num_blocks(side), unit="block", mininterval=0.5) as bar:
+    with progress_bar(desc="sliced Wasserstein", total=num_blocks(*sides), unit="block") as bar:
         found = sliced_wasserstein(
             held_out.to(device if device.type == "cuda" else "cpu"),  # MPS has no float64
             [images[:n], train],
@@ -263,7 +263,7 @@ def patch_distance(images: Tensor, data: ImageData, device: torch.device, seed: 
     return {
         "value": value,
         "floor": floor,
-        "unit": "1e-3 standard deviations of the patch values; by the side of the level in pixels",
+        "unit": "1e-3 standard deviations of the patch values; by the shorter side of the level in pixels",
         "n": n,
         "split": "samples against held-out images",
         "floor_split": "training images against the same held-out images",

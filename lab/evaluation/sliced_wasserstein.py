@@ -30,15 +30,16 @@ DIRECTIONS_AT_ONCE = 32  # the projections of 10,000 images then take 164 MB
 IMAGES_AT_ONCE = 250
 
 
-def pyramid_levels(side: int) -> list[int]:
-    """The sides of the levels at which images of `side` pixels are compared, finest first.
+def pyramid_levels(*sides: int) -> list[int]:
+    """The shorter sides of the levels at which images with these sides are compared, finest first.
 
-    The side is halved as long as it is even and at least 16 pixels remain, as in the paper. Smaller images have a
+    Sides are halved as long as all are even and at least 16 pixels remain, as in the paper. Smaller images have a
     single level, and images smaller than a patch have none.
     """
-    levels = [side] if side >= PATCH else []
-    while levels and levels[-1] % 2 == 0 and levels[-1] // 2 >= SMALLEST_LEVEL:
-        levels.append(levels[-1] // 2)
+    levels = [min(sides)] if min(sides) >= PATCH else []
+    while levels and all(side % 2 == 0 for side in sides) and levels[-1] // 2 >= SMALLEST_LEVEL:
+        sides = tuple(side // 2 for side in sides)
+        levels.append(min(sides))
     return levels
 
 
@@ -127,14 +128,14 @@ def sliced_wasserstein(
     """The distance of each of the other sets from the reference at each level of the pyramid: {side: distance}.
 
     reference and others: uint8 images, all of the same shape (N, C, H, W). The unit is the standard deviation of
-    the patch values. on_block() is called after each of `num_blocks(H)` parts of the work.
+    the patch values. on_block() is called after each of `num_blocks(H, W)` parts of the work.
     Raises ValueError if the shapes differ or the images are smaller than a patch of 7x7.
     """
     for other in others:
         if other.shape != reference.shape:
             shapes = [tuple(images.shape) for images in (other, reference)]
             raise ValueError(f"sliced Wasserstein distance: needs sets of equal shape, got {shapes[0]} and {shapes[1]}")
-    sides = pyramid_levels(reference.shape[-1])
+    sides = pyramid_levels(*reference.shape[-2:])
     if not sides:
         raise ValueError(f"sliced Wasserstein distance: needs images of at least 7x7, got {tuple(reference.shape)}")
     random = torch.Generator().manual_seed(seed)
@@ -143,6 +144,10 @@ def sliced_wasserstein(
     results = [{} for _ in others]
     for side, *levels in zip(sides, *pyramids, strict=True):
         corners = torch.randint(side - PATCH + 1, (len(reference), PATCHES, 2), generator=random).to(device)
+        height, width = levels[0].shape[-2:]
+        if height != width:  # spread over the longer side, too
+            longer = torch.randint(max(height, width) - PATCH + 1, (len(reference), PATCHES), generator=random)
+            corners[..., int(width > height)] = longer.to(device)
         directions = torch.randn(reference.shape[1] * PATCH * PATCH, DIRECTIONS, generator=random)
         directions = (directions / directions.norm(dim=0)).to(device)
         statistics = [channel_statistics(level, corners) for level in levels]
@@ -159,6 +164,6 @@ def sliced_wasserstein(
     return results
 
 
-def num_blocks(side: int) -> int:
-    """How many times `sliced_wasserstein` calls on_block for images of `side` pixels."""
-    return len(pyramid_levels(side)) * DIRECTIONS // DIRECTIONS_AT_ONCE
+def num_blocks(*sides: int) -> int:
+    """How many times `sliced_wasserstein` calls on_block for images with these sides."""
+    return len(pyramid_levels(*sides)) * DIRECTIONS // DIRECTIONS_AT_ONCE
