@@ -64,7 +64,8 @@ def test_a_resumed_run_needs_the_source_no_more_and_another_model_is_refused(sou
     ):
         code, _, err = call(train, *TINY, "--init", source, "--output-dir", tmp_path / "none", "--steps", 1, *options)
         assert code == 2 and words.format(source) in err, err
-    code, _, err = call(train, *TINY, "--init", tmp_path / "nowhere", "--output-dir", tmp_path / "none", "--steps", 1)
+    nothing = ["--init", tmp_path / "nowhere", "--dataset", "folder", "--data-dir", tmp_path / "no data either"]
+    code, _, err = call(train, *nothing, "--output-dir", tmp_path / "none", "--steps", 1)
     assert code == 2 and "nowhere" in err and not (tmp_path / "none").exists()
 
 

@@ -26,6 +26,7 @@ from runtime.files import check_writable, save_json
 from runtime.hardware import is_out_of_memory, keep_freed_memory, make_reproducible
 from runtime.processes import Processes, is_lost_process, join_processes
 from runtime.progress import progress_bar
+from training.checkpoint import read_model
 from training.compute import resolved
 from training.config import TrainConfig
 from training.run_folder import (
@@ -66,6 +67,8 @@ def train(
         check_writable(resume, "--resume")
     elif not dry_run:
         check_writable(Path(config.output_dir), "--output-dir")
+    if resume is None and config.init is not None:
+        read_model(config.init)  # likewise
     keep_freed_memory()
     with join_processes(config.device) as processes, ExitStack() as held:
         if resume is not None and processes.is_main and not dry_run:
