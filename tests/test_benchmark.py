@@ -92,7 +92,7 @@ def test_the_floor_is_the_sum_over_calls_of_what_is_best_for_each(monkeypatch):
     monkeypatch.setattr("lab.benchmark.convolutions.in_turn", in_turn)
     monkeypatch.setattr("runtime.hardware.cpu_flags", lambda: BF16)
     floor, rows = floor_seconds(convolutions(Net(), (3, 8, 8), 2), torch.device("cpu"), seconds=0.1)
-    assert floor == pytest.approx(5 * (0.5 + 0.5))  # five calls a step
+    assert floor == pytest.approx(5 * (0.5 + 0.5))  # five calls per step
     assert [row["calls_a_step"] for row in rows] == [1, 3, 1]
     assert {row["best"] for row in rows} == {"bf16 contiguous"}
     assert len(rows[0]["seconds"]) == 2 * 2 * 2
