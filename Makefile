@@ -14,6 +14,7 @@ demo: $(VENV)/.run
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror kernels/*.cpp kernels/*.h tests/*.cpp
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 
 test: check

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import Denoiser
+from kernels.convolution import use_kernel
 from liquid_diffusion import (
     STEP_FRACTION,
     InputConv,
@@ -79,6 +80,7 @@ class UNetReference(Denoiser):
             add_attention=attention_level is not None,
             num_class_embeds=num_classes + 1 if num_classes else None,
         )
+        use_kernel(self.unet)
         for parameter in self.unet.conv_out.parameters():  # untrained, it leaves the prediction to the preconditioning
             nn.init.zeros_(parameter)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion import Denoiser
+from kernels.convolution import Conv3x3
 from liquid_diffusion import InputConv, TimeEmbedding, upsample
 
 
@@ -28,7 +29,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(4, channels, affine=False)
         self.time = nn.Linear(embedding_dim, 2 * channels)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import ABLATIONS, LADDER, UNetReference
 from diffusion import Denoiser, carries_state
+from kernels.native import plain_torch
 from liquid_diffusion import STEP_MULTIPLES, TrueLiquidDiffusionModel, scaled_steps
 from liquid_diffusion_inspired import InspiredDiffusionModel
 
@@ -57,7 +58,7 @@ def count_parameters(model: nn.Module) -> int:
 def multiply_adds(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Multiply-adds of one forward pass on one image of shape (C, H, W); every ODE step is counted."""
     device = next(model.parameters()).device
-    with FlopCounterMode(display=False) as counter:
+    with plain_torch(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device))
     return counter.get_total_flops() // 2
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import liquid_kernel
+from kernels import native
 
 
 def compiled(network: nn.Module) -> Callable[..., Any]:
@@ -18,7 +18,7 @@ def compiled(network: nn.Module) -> Callable[..., Any]:
     step of 64 images of the true model is 4 to 7 % shorter on two cores.
     """
     _silence()
-    torch.compiler.assume_constant_result(liquid_kernel.available)  # as a decorator it would load the compiler early
+    torch.compiler.assume_constant_result(native.available)  # as a decorator it would load the compiler early
     return torch.compile(network, options={"force_layout_optimization": True})
 
 

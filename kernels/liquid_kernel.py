@@ -1,77 +1,36 @@
-"""A liquid cell's ODE steps as one call of compiled C++, on CPUs with a matrix unit for bf16 (Intel AMX, Linux).
+"""A liquid cell in C++: its input, and all of its ODE steps as one call, on CPUs.
 
+    if fits_input(x):
+        features = input_conv(x, depthwise, pointwise, eps)
     if fits(features):
         h = integrate(h, features, offset, weight, num_steps, "euler", dt, tau_range)
 
-`RealLiquidCell` does the same in torch, for every device and precision. Here an image's state stays in the cache from
-the first step to the last (liquid_kernel.cpp), while torch writes and reads it several times per step. The kernel is
-compiled at its first use, in a second or two, and kept in torch's cache folder.
+`InputConv` and `RealLiquidCell` do the same in torch, for every device and precision. Here an image's state stays in
+the cache from the first step to the last, while torch writes and reads it several times per step; and what the steps
+have in common, their weights, is prepared once. In fp32 the convolutions are Winograd's, on every processor (cell.cpp);
+in bf16 they run on the matrix unit of those that have one (amx_cell.cpp: Intel AMX).
 """
 
-import ctypes
-import hashlib
-import os
-import subprocess
-import tempfile
-from functools import cache
-from pathlib import Path
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from runtime.hardware import cpu_flags
+from kernels.native import AMX, FP32, call, empty_pixels, lanes, pixels, ready
 
-SOURCE = Path(__file__).with_name("liquid_kernel.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
-PROCESSOR = {"amx_tile", "amx_bf16", "avx512bw", "avx512dq", "avx512_bf16"}  # the instruction sets that it needs
-MOST_CHANNELS = 32  # the kernel has room for no more
-SOLVERS = ("euler", "semi-implicit", "exponential")  # in the order of the kernel's schemes
-TENSORS = "Tensor? h, Tensor features, Tensor offset, Tensor weight"  # the arguments of both operators
+MOST_CHANNELS = {torch.float32: 64, torch.bfloat16: 32}  # the AMX kernel has room for no more
+SOLVERS = ("euler", "semi-implicit", "exponential")  # in the order of the kernels' schemes
+TENSORS = "Tensor? h, Tensor features, Tensor offset, Tensor weight"
 CELL = "int num_steps, str solver, float dt, float tau_min, float tau_max"
 
 
 def fits(features: Tensor) -> bool:
-    """Whether the kernel can integrate a cell with these features (B, 2C, H, W) here."""
-    possible = features.device.type == "cpu" and features.dtype == torch.bfloat16
-    return possible and features.shape[1] <= 2 * MOST_CHANNELS and available()
+    """Whether a kernel can integrate a cell with these features (B, 2C, H, W) here."""
+    library = AMX if features.dtype == torch.bfloat16 else FP32
+    return ready(library, features, features.dtype) and features.shape[1] <= 2 * MOST_CHANNELS.get(features.dtype, 0)
 
 
-def available() -> bool:
-    """Whether there is a kernel on this machine."""
-    return library() is not None
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernel; None without such a processor, the permission to use it, or a compiler ($CXX, else g++)."""
-    if not cpu_flags() >= PROCESSOR:
-        return None
-    try:
-        kernel = ctypes.CDLL(str(compiled_file(" ".join(sorted(cpu_flags())))))
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    for function in (kernel.liquid_kernel_permitted, kernel.liquid_kernel_forward, kernel.liquid_kernel_backward):
-        function.restype = ctypes.c_bool
-    return kernel if kernel.liquid_kernel_permitted() else None
-
-
-def compiled_file(processor: str) -> Path:
-    """The shared library of this source, compiled for this processor unless it is in the cache folder already.
-
-    processor: the names of its instruction sets. Raises OSError or subprocess.CalledProcessError if compiling fails.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    key = "\n".join([SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, processor])
-    folder = Path(torch.hub.get_dir()).parent / "liquid_kernel"
-    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            built = Path(temporary) / path.name
-            command = [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True)  # noqa: S603  # the user's own compiler
-            built.replace(path)  # whole or not at all, even if several processes compile it
-    return path
+def fits_input(x: Tensor) -> bool:
+    """Whether `input_conv` can compute with x (B, C, H, W) here."""
+    return ready(FP32, x) and not torch.is_autocast_enabled("cpu")
 
 
 def integrate(
@@ -86,92 +45,216 @@ def integrate(
 ) -> Tensor:
     """The state after `num_steps` steps h <- h + g(dt / tau) (silu(W_rec * h + drive) - h) from h; None means zeros.
 
-    g belongs to the solver (liquid_diffusion.STEP_FRACTION). h (B, C, H, W) and the result are bf16. features
-    (B, 2C, H, W), bf16, plus offset (B, 2C), bf16, give the drive and the logit of
-    tau = tau_min + (tau_max - tau_min) sigmoid(logit). weight is W_rec, (C, C, 3, 3). Products are computed in bf16,
-    sums in fp32.
+    g belongs to the solver (liquid_diffusion.STEP_FRACTION). h (B, C, H, W), the result and features (B, 2C, H, W) are
+    fp32, or all bf16; then products are computed in bf16, and sums in fp32. features plus offset (B, 2C) give the drive
+    and the logit of tau = tau_min + (tau_max - tau_min) sigmoid(logit). weight is W_rec, (C, C, 3, 3).
     """
-    return torch.ops.liquid.integrate(h, features, offset, weight, num_steps, solver, dt, *tau_range)
+    if features.dtype == torch.bfloat16:
+        return torch.ops.liquid.integrate_amx(h, features, offset, weight, num_steps, solver, dt, *tau_range)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (h, features, offset, weight))
+    return torch.ops.liquid.integrate(h, features, offset, weight, num_steps, solver, dt, *tau_range, keep)[0]
+
+
+# --- fp32 ------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op(
-    "liquid::integrate", mutates_args=(), device_types="cpu", schema=f"({TENSORS}, {CELL}) -> Tensor"
+    "liquid::integrate",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({TENSORS}, {CELL}, bool keep) -> (Tensor, Tensor[])",
 )
 def _integrate(h, features, offset, weight, *cell):
-    output = _like(features, halved=True)
-    _run("forward", output.shape, cell, [*_read(h, features, offset, weight), output])
-    return output
+    """The state, and for the backward pass, if `keep`, W_rec * h + drive of each step that has a convolution."""
+    output, kept = _state_and_kept(h, features, offset, weight, *cell)
+    z = [None] * (h is None) + kept if kept else None
+    tensors = (None if h is None else pixels(h), pixels(features), offset.contiguous(), weight.contiguous())
+    call(FP32, "cell_forward", *_numbers(output, cell), *tensors, output, z)
+    return output, kept
 
 
-@_integrate.register_fake
-def _(h, features, *_):
-    return _like(features, halved=True)
+def _state_and_kept(h, features, offset, weight, num_steps, solver, dt, tau_min, tau_max, keep):
+    batch, channels, *sides = features.shape
+    wide = -(-channels // 2 // lanes()) * lanes()
+    kept = [features.new_empty(batch, *sides, wide) for _ in range(num_steps - (h is None))] if keep else []
+    return empty_pixels((batch, channels // 2, *sides), features), kept
+
+
+_integrate.register_fake(_state_and_kept)
 
 
 @torch.library.custom_op(
     "liquid::integrate_backward",
     mutates_args=(),
     device_types="cpu",
-    schema=f"(Tensor gradient, {TENSORS}, {CELL}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor gradient, {TENSORS}, Tensor[] kept, {CELL}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _integrate_backward(gradient, h, features, offset, weight, *cell):
+def _integrate_backward(gradient, h, features, offset, weight, kept, *cell):
     """The gradients of h (empty if h is None), features, offset and weight."""
-    of_h, *others = gradients = _gradients(h, features, offset, weight)
-    read = [_pixels(gradient), *_read(h, features, offset, weight)]
-    _run("backward", gradient.shape, cell, [*read, None if h is None else of_h, *others])
+    gradients = _gradients(gradient, h, features, offset, weight)
+    z = [None] * (h is None) + kept
+    tensors = (None if h is None else pixels(h), pixels(features), offset.contiguous(), weight.contiguous())
+    of_h, *others = gradients
+    call(
+        FP32,
+        "cell_backward",
+        *_numbers(gradient, cell),
+        pixels(gradient),
+        *tensors,
+        z,
+        None if h is None else of_h,
+        *others,
+    )
     return gradients
 
 
 @_integrate_backward.register_fake
-def _(gradient, h, features, offset, weight, *_):
-    return _gradients(h, features, offset, weight)
+def _gradients(_, h, features, offset, weight, *__):
+    of_h = features.new_empty(0) if h is None else empty_pixels(h.shape, h)
+    return of_h, empty_pixels(features.shape, features), offset.new_empty(offset.shape), weight.new_empty(weight.shape)
 
 
-def _keep(ctx, inputs: tuple, output: Tensor) -> None:
-    tensors, ctx.cell = inputs[:4], inputs[4:]
-    ctx.save_for_backward(*tensors)
+def _keep(ctx, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], *output[1])
+    ctx.cell = inputs[4:-1]
 
 
-def _backward(ctx, gradient: Tensor) -> tuple:
-    tensors = ctx.saved_tensors
-    gradients = torch.ops.liquid.integrate_backward(gradient, *tensors, *ctx.cell)
-    of_tensors = [None if x is None else g.to(x.dtype) for x, g in zip(tensors, gradients, strict=True)]
-    return *of_tensors, *(None for _ in ctx.cell)
+def _backward(ctx, gradient: Tensor, _) -> tuple:
+    h, features, offset, weight, *kept = ctx.saved_tensors
+    of_h, *others = torch.ops.liquid.integrate_backward(gradient, h, features, offset, weight, kept, *ctx.cell)
+    return None if h is None else of_h, *others, *(None for _ in ctx.cell), None
 
 
 _integrate.register_autograd(_backward, setup_context=_keep)
 
 
-def _like(x: Tensor, *, halved: bool = False) -> Tensor:
-    """An empty bf16 tensor with the shape of x, or with half of its channels; channels last."""
-    batch, channels, *sides = x.shape
-    shape = (batch, channels // 2 if halved else channels, *sides)
-    return torch.empty(shape, dtype=torch.bfloat16, device=x.device, memory_format=torch.channels_last)
+@torch.library.custom_op("liquid::input_conv", mutates_args=(), device_types="cpu")
+def _input_conv(
+    x: Tensor, depth_weight: Tensor, depth_bias: Tensor, point_weight: Tensor, point_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The features, and of each image the mean and 1 / standard deviation."""
+    features, means = _features(x, depth_weight, depth_bias, point_weight)
+    layers = (w.contiguous() for w in (depth_weight, depth_bias, point_weight, point_bias))
+    call(FP32, "input_forward", *_input_numbers(x, features), float(eps), pixels(x), *layers, features, means)
+    return features, means
 
 
-def _gradients(
-    h: Tensor | None, features: Tensor, offset: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    of_h = features.new_empty(0) if h is None else _like(h)
-    of_offset = torch.empty(offset.shape, dtype=torch.bfloat16, device=offset.device)
-    return of_h, _like(features), of_offset, torch.empty(weight.shape, device=weight.device)
+@_input_conv.register_fake
+def _features(x, depth_weight, depth_bias, point_weight, *_):
+    return empty_pixels((len(x), len(point_weight), *x.shape[2:]), x), x.new_empty(len(x), 2)
 
 
-def _read(h: Tensor | None, features: Tensor, offset: Tensor, weight: Tensor) -> list[Tensor | None]:
+@torch.library.custom_op("liquid::input_conv_backward", mutates_args=(), device_types="cpu")
+def _input_conv_backward(
+    gradient: Tensor, x: Tensor, means: Tensor, depth_weight: Tensor, depth_bias: Tensor, point_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, of the depthwise convolution's weight and bias, and of the pointwise one's."""
+    gradients = _input_gradients(gradient, x, means, depth_weight, depth_bias, point_weight)
+    layers = (w.contiguous() for w in (depth_weight, depth_bias, point_weight))
+    call(FP32, "input_backward", *_input_numbers(x, gradient), pixels(gradient), pixels(x), means, *layers, *gradients)
+    return gradients
+
+
+@_input_conv_backward.register_fake
+def _input_gradients(gradient, x, means, depth_weight, depth_bias, point_weight):
+    layers = [w.new_empty(w.shape) for w in (depth_weight, depth_bias, point_weight)]
+    return empty_pixels(x.shape, x), *layers, x.new_empty(len(point_weight))
+
+
+def _keep_input(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], output[1], *inputs[1:4])
+
+
+def _input_backward(ctx, gradient: Tensor, _) -> tuple:
+    return *torch.ops.liquid.input_conv_backward(gradient, *ctx.saved_tensors), None
+
+
+_input_conv.register_autograd(_input_backward, setup_context=_keep_input)
+
+
+def input_conv(x: Tensor, depthwise: nn.Conv2d, pointwise: nn.Conv2d, eps: float) -> Tensor:
+    """pointwise(depthwise(n)), where n is x (B, C, H, W) normalised over each image: (B, D, H, W).
+
+    depthwise: a 3x3 convolution of each channel by itself, pointwise: a 1x1 convolution, both with a bias.
+    """
+    layers = (depthwise.weight, depthwise.bias, pointwise.weight, pointwise.bias)
+    return torch.ops.liquid.input_conv(x, *layers, eps)[0]
+
+
+# --- bf16 on Intel AMX -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "liquid::integrate_amx", mutates_args=(), device_types="cpu", schema=f"({TENSORS}, {CELL}) -> Tensor"
+)
+def _integrate_amx(h, features, offset, weight, *cell):
+    output = _state(h, features)
+    call(AMX, "amx_cell_forward", *_numbers(output, cell), *_for_amx(h, features, offset, weight), output)
+    return output
+
+
+@_integrate_amx.register_fake
+def _state(h, features, *_):
+    batch, channels, *sides = features.shape
+    return empty_pixels((batch, channels // 2, *sides), features)
+
+
+@torch.library.custom_op(
+    "liquid::integrate_amx_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor gradient, {TENSORS}, {CELL}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _integrate_amx_backward(gradient, h, features, offset, weight, *cell):
+    """The gradients of h (empty if h is None), features, offset and weight."""
+    of_h, *others = gradients = _amx_gradients(gradient, h, features, offset, weight)
+    tensors = [_bf16_pixels(gradient), *_for_amx(h, features, offset, weight), None if h is None else of_h, *others]
+    call(AMX, "amx_cell_backward", *_numbers(gradient, cell), *tensors)
+    return gradients
+
+
+@_integrate_amx_backward.register_fake
+def _amx_gradients(_, h, features, offset, weight, *__):
+    of_h = features.new_empty(0) if h is None else empty_pixels(h.shape, features)
+    of_offset = features.new_empty(offset.shape)
+    return of_h, empty_pixels(features.shape, features), of_offset, weight.new_empty(weight.shape, dtype=torch.float32)
+
+
+def _keep_amx(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.cell = inputs[4:]
+
+
+def _backward_amx(ctx, gradient: Tensor) -> tuple:
+    tensors = ctx.saved_tensors
+    gradients = torch.ops.liquid.integrate_amx_backward(gradient, *tensors, *ctx.cell)
+    of_tensors = [None if x is None else g.to(x.dtype) for x, g in zip(tensors, gradients, strict=True)]
+    return *of_tensors, *(None for _ in ctx.cell)
+
+
+_integrate_amx.register_autograd(_backward_amx, setup_context=_keep_amx)
+
+
+def _for_amx(h: Tensor | None, features: Tensor, offset: Tensor, weight: Tensor) -> list[Tensor | None]:
     """The four tensors in the formats that the kernel reads."""
     offset, weight = offset.to(torch.bfloat16).contiguous(), weight.float().contiguous()
-    return [None if h is None else _pixels(h), _pixels(features), offset, weight]
+    return [None if h is None else _bf16_pixels(h), _bf16_pixels(features), offset, weight]
 
 
-def _pixels(x: Tensor) -> Tensor:
-    """x in bf16 and channels last; not a copy if it is so already."""
-    return x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+def _bf16_pixels(x: Tensor) -> Tensor:
+    return pixels(x.to(torch.bfloat16))
 
 
-def _run(name: str, shape: torch.Size, cell: tuple, tensors: list[Tensor | None]) -> None:
-    """Call a function of the kernel. cell: steps, solver, dt, tau_min, tau_max. Raises MemoryError."""
-    num_steps, solver, *others = cell
-    numbers = [*shape, num_steps, SOLVERS.index(solver), *map(ctypes.c_float, others)]
-    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
-    if not getattr(library(), f"liquid_kernel_{name}")(*numbers, *pointers):
-        raise MemoryError("out of memory in the liquid kernel")
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _numbers(state: Tensor, cell: tuple) -> list[int | float]:
+    """What both kernels read first; the cell: steps, solver, dt, tau_min, tau_max, and maybe more."""
+    num_steps, solver, dt, tau_min, tau_max = cell[:5]
+    return [*state.shape, num_steps, SOLVERS.index(solver), float(dt), float(tau_min), float(tau_max)]
+
+
+def _input_numbers(x: Tensor, features: Tensor) -> list[int]:
+    return [len(x), x.shape[1], features.shape[1], *x.shape[2:]]

@@ -8,7 +8,7 @@ import torch
 
 from diffusion import Denoiser
 from images.datasets import ImageData
-from kernels import liquid_kernel
+from kernels import native
 from models import count_parameters, multiply_adds
 from runtime.errors import UserError
 from runtime.processes import Processes
@@ -32,8 +32,8 @@ def description(config: TrainConfig, data: ImageData, model: Denoiser, processes
     budget = f"{config.minutes:g} minutes" if steps is None else f"{steps:,} steps"
     macs = multiply_adds(model, data.shape)
     how = [config.precision] + ["compiled"] * (config.compile == "on")
-    if config.model == "true" and config.precision == "bf16" and device == "cpu":
-        how += ["liquid kernel"] * liquid_kernel.available()
+    if device == "cpu":
+        how += kernels_used(config)
     lines = [
         f"device   {where}, {', '.join(how)}",
         f"model    {config.model}: {count_parameters(model):,} parameters, {macs:,} multiply-adds per forward pass",
@@ -47,6 +47,13 @@ def description(config: TrainConfig, data: ImageData, model: Denoiser, processes
     if len(data.skipped) > SKIPPED_SHOWN:
         lines.insert(-2, f"         {len(data.skipped):,} images in all; {CONFIG_FILE} lists them")
     return "\n".join(lines)
+
+
+def kernels_used(config: TrainConfig) -> list[str]:
+    """Whether our C++ computes part of this model, or why it could but does not."""
+    if config.precision == "fp32":
+        return ["C++ kernels" if native.available(native.FP32) else "without C++ kernels: no compiler (g++) works here"]
+    return ["C++ kernel for AMX"] * (config.model == "true" and native.available(native.AMX))
 
 
 def changes_since(run: Path, data: ImageData) -> list[str]:

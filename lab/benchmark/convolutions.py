@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.native import plain_torch
 from lab.speed import in_turn
 from runtime.hardware import has_bf16
 
@@ -78,7 +79,7 @@ def convolutions(model: nn.Module, shape: tuple[int, int, int], batch_size: int)
     model: on the CPU. It is called on one image, since a batch changes only the first dimension.
     """
     image = torch.zeros(1, *shape)
-    with _Recorder(image) as recorder:
+    with plain_torch(), _Recorder(image) as recorder:
         model(image, torch.zeros(1, dtype=torch.long))
     return Counter(
         {

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import DDPMScheduler
 from images.batches import Batch
+from kernels.native import plain_torch
 from liquid_diffusion import ODEINT_SOLVERS, STEP_FRACTION, TrueLiquidDiffusionModel, scaled_steps
 from runtime.files import save_figure
 from training.validation import held_out_loss
@@ -62,7 +63,7 @@ def ode_work(
     try:
         for name, chosen in ways(steps):
             model.set_solver(name, chosen)
-            with FlopCounterMode(display=False) as counter:
+            with plain_torch(), FlopCounterMode(display=False) as counter:
                 loss = held_out_loss(model, scheduler, bank)
             points.append(
                 {

@@ -165,8 +165,9 @@ void scatter(const Grid& g, const Input& input, const float* of_drive, const flo
             const int at = (y * g.row() + x) * CHANNELS;
             const int64_t pixel = y * g.width + x;
             const Pair logit = input.at(g, pixel, 1), a = load(of_share + at);
-            const Pair found[2] = {load(of_drive + at), {_mm512_mul_ps(a.even, input.slope_of_share(logit.even)),
-                                                         _mm512_mul_ps(a.odd, input.slope_of_share(logit.odd))}};
+            const Pair found[2] = {load(of_drive + at),
+                                   {_mm512_mul_ps(a.even, input.slope_of_share(logit.even)),
+                                    _mm512_mul_ps(a.odd, input.slope_of_share(logit.odd))}};
             for (int half = 0; half < 2; half++) {
                 sums[half] = {_mm512_add_ps(sums[half].even, found[half].even),
                               _mm512_add_ps(sums[half].odd, found[half].odd)};
@@ -226,9 +227,7 @@ inline void multiply(const bf16* a, size_t a_row, const bf16* b, size_t b_row) {
     _tile_dpbf16ps(3, 5, 7);
 }
 
-inline bf16 rounded(float v) {
-    return (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(v)), 0);
-}
+inline bf16 rounded(float v) { return (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(v)), 0); }
 
 // One tap of the weight (channels, channels, 3, 3) as the second factor, [tap][input / 2][output][input % 2], with the
 // even outputs first, as in a Pair; with input and output exchanged for the gradient of the state.
@@ -362,20 +361,20 @@ void add_weight_gradient(const Grid& g, const bf16* h, const bf16* of_z, bf16* c
 extern "C" {
 
 // Whether this process may use the matrix unit; asks Linux for the permission
-bool liquid_kernel_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+bool amx_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 // Both functions return whether there was enough memory. state (null for zeros), output, gradient: (images, height,
 // width, channels). features: (images, height, width, 2 channels). offset: (images, 2 channels). weight: (channels,
 // channels, 3, 3).
-bool liquid_kernel_forward(int images, int channels, int height, int width, int steps, Scheme scheme, float dt,
-                           float tau_min, float tau_max, const bf16* state, const bf16* features, const bf16* offset,
-                           const float* weight, bf16* output) try {
+bool amx_cell_forward(int threads, int images, int channels, int height, int width, int steps, Scheme scheme, float dt,
+                      float tau_min, float tau_max, const bf16* state, const bf16* features, const bf16* offset,
+                      const float* weight, bf16* output) try {
     const Grid g{channels, height, width};
     const Input input{features, offset, scheme, dt, tau_min, tau_max - tau_min};
     const int64_t area = int64_t(height) * width;
     Buffer<bf16> factor(TAPS * CHANNELS * CHANNELS);
     bool failed = false;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
         Scratch* own = made([&] { return &Scratch::of(g, steps); }, failed);
@@ -399,19 +398,19 @@ bool liquid_kernel_forward(int images, int channels, int height, int width, int 
 
 // The gradients of state (null if the state was null), features, offset and weight. The state of every step is computed
 // again in the cache, image by image, instead of being written to memory and read back.
-bool liquid_kernel_backward(int images, int channels, int height, int width, int steps, Scheme scheme, float dt,
-                            float tau_min, float tau_max, const bf16* gradient, const bf16* state,
-                            const bf16* features, const bf16* offset, const float* weight, bf16* state_gradient,
-                            bf16* features_gradient, bf16* offset_gradient, float* weight_gradient) try {
+bool amx_cell_backward(int threads, int images, int channels, int height, int width, int steps, Scheme scheme, float dt,
+                       float tau_min, float tau_max, const bf16* gradient, const bf16* state, const bf16* features,
+                       const bf16* offset, const float* weight, bf16* state_gradient, bf16* features_gradient,
+                       bf16* offset_gradient, float* weight_gradient) try {
     const Grid g{channels, height, width};
     const Input input{features, offset, scheme, dt, tau_min, tau_max - tau_min};
     const int64_t area = int64_t(height) * width;
     const int inner = g.positions() * CHANNELS;
     const int weights = TAPS * CHANNELS * CHANNELS;
     Buffer<bf16> factor(weights), exchanged(weights);
-    std::vector<std::unique_ptr<Buffer<float>>> parts(omp_get_max_threads());  // of the weight's gradient, per thread
+    std::vector<std::unique_ptr<Buffer<float>>> parts(threads);  // of the weight's gradient, per thread
     bool failed = false;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
         Tiles tiles;
         Scratch* own = made([&] { return &Scratch::of(g, steps); }, failed);
