@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffusion import Denoiser
 from kernels import liquid_kernel
+from kernels.convolution import Conv3x3
 
 # One step of size a = dt / tau moves the state by the fraction g(a) of its way to f: h <- h + g(a) (f - h).
 STEP_FRACTION: dict[str, Callable[[Tensor], Tensor]] = {
@@ -288,7 +289,7 @@ class TrueLiquidDiffusionModel(Denoiser):
         self.processor = self.processor_type(
             channels, embedding_dim, ode_steps=ode_steps, solver=solver, activation=activation
         )
-        self.head = nn.Conv2d(channels[0], in_channels, 3, padding=1)
+        self.head = Conv3x3(channels[0], in_channels)
         for parameter in self.head.parameters():  # an untrained network leaves the prediction to the preconditioning
             nn.init.zeros_(parameter)
 

@@ -65,7 +65,7 @@ class InspiredDiffusionModel(Denoiser):
             nn.ModuleList(ResidualBlock(width, embedding_dim) for _ in range(depth))
             for width, depth in zip((coarse, medium, fine), depths, strict=True)
         )
-        self.head = nn.Conv2d(fine, in_channels, 3, padding=1)
+        self.head = Conv3x3(fine, in_channels)
         for parameter in self.head.parameters():  # an untrained network leaves the prediction to the preconditioning
             nn.init.zeros_(parameter)
 

@@ -79,8 +79,8 @@ def test_the_true_models_weights_act_at_every_ode_step():
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([0])
     with plain_torch():
         _, state = model(x, t, return_state=True)
-    assert calls == {"global": 2, "local": 4, "detail": 6}  # from zeros, the first step needs no convolution
-    model(x, t, state)
+        assert calls == {"global": 2, "local": 4, "detail": 6}  # from zeros, the first step needs no convolution
+        model(x, t, state)
     assert calls == {"global": 2 + 3, "local": 4 + 5, "detail": 6 + 7}
 
 

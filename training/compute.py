@@ -6,8 +6,11 @@ what a stopwatch would have chosen.
 
 from dataclasses import replace
 
+import torch
+
 from diffusion import Denoiser
 from images.datasets import ImageData
+from kernels import native
 from kernels.compilation import compiler_failure
 from models import training_multiply_adds
 from runtime.errors import reason
@@ -24,12 +27,12 @@ LONG_MINUTES = {"cpu": 5.0, "cuda": 2.0}
 def resolved(config: TrainConfig, model: Denoiser, data: ImageData, processes: Processes) -> TrainConfig:
     """`config` with every `auto` replaced.
 
-    Precision is bf16 where the processor multiplies in bf16. A long run is compiled if there is a compiler. Processes
+    Precision is bf16 where that is faster. A long run is compiled if there is a compiler. Processes
     that differ take the choice that suits them all.
     """
     precision, compile_ = config.precision, config.compile
     if precision == "auto":
-        missing = processes.agree(float(not has_bf16(processes.device)))[0]
+        missing = processes.agree(float(not bf16_is_faster(processes.device)))[0]
         precision = "fp32" if missing else "bf16"
     if compile_ == "auto":
         worthwhile = is_long(config, model, data, processes.device.type)
@@ -38,6 +41,17 @@ def resolved(config: TrainConfig, model: Denoiser, data: ImageData, processes: P
             print(f"the network is not compiled: no compiler works here ({reason(failure)})", flush=True)
         compile_ = "on" if worthwhile and not processes.agree(float(failure is not None))[0] else "off"
     return replace(config, precision=precision, compile=compile_)
+
+
+def bf16_is_faster(device: torch.device) -> bool:
+    """Whether to train in bf16: on a GPU or a CPU that multiplies in bf16, unless our kernels do better in fp32.
+
+    Without a matrix unit (AMX) a processor multiplies at most twice as fast in bf16, and our convolutions need four
+    times fewer products.
+    """
+    if device.type == "cpu" and native.available(native.FP32) and not native.available(native.AMX):
+        return False
+    return has_bf16(device)
 
 
 def is_long(config: TrainConfig, model: Denoiser, data: ImageData, device: str) -> bool:
