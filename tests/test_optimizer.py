@@ -1,5 +1,7 @@
-"""Muon against a singular value decomposition and torch's own, AdamW's share against torch, and a run that goes on."""
+"""Muon against its formulas, a singular value decomposition and torch's own; AdamW's share against torch; resuming."""
 
+import copy
+import io
 import json
 import signal
 from dataclasses import replace
@@ -11,6 +13,7 @@ from torch import nn
 
 import compare
 import train as train_command
+from baselines import LADDER
 from images.batches import held_out_bank
 from images.datasets import load_images
 from lab import speed
@@ -18,7 +21,7 @@ from models import build_model
 from training.checkpoint import load_model
 from training.config import TrainConfig
 from training.loop import train
-from training.optimizer import WEIGHT_DECAY, Muon, make_optimizer, orthogonalized
+from training.optimizer import MOMENTUM, STACK_COST, WEIGHT_DECAY, Muon, PaddedStacks, grouped, make_optimizer
 
 DIGITS = load_images("digits", "unused")
 LR = 0.01
@@ -52,10 +55,19 @@ def test_every_weight_moves_once(name):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def orthogonalized(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    stacks = PaddedStacks(matrices)
+    for slot, matrix in zip(stacks.slots, matrices, strict=True):
+        slot.copy_(matrix)
+    stacks.orthogonalize()
+    return [slot / (0.2 * max(slot.shape) ** 0.5) for slot in stacks.slots]
+
+
 def test_singular_values_come_near_one_and_directions_stay():
     torch.manual_seed(0)
-    shapes = [(24, 24), (9, 24), (24, 9), (48, 200), (200, 48), (32, 288)]  # square, wide and tall ones in three stacks
+    shapes = [(24, 24), (9, 24), (24, 9), (48, 200), (200, 48), (32, 288)]  # square, wide and tall ones
     matrices = [torch.randn(shape) for shape in shapes]
+    assert len(PaddedStacks(matrices).stacks) == 2
     for matrix, result in zip(matrices, orthogonalized(matrices), strict=True):
         assert result.shape == matrix.shape
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -65,6 +77,102 @@ def test_singular_values_come_near_one_and_directions_stay():
         assert lengths.min() > 0.6 and lengths.max() < 1.3  # five steps bring them so near to one
         (alone,) = orthogonalized([matrix])
         torch.testing.assert_close(result, alone, atol=1e-5, rtol=0)  # whatever it was stacked with
+
+
+def test_stacks_are_as_few_as_pays():
+    shapes = [(8, 72), (72, 8), (8, 70), (64, 64), (16, 64)]
+    together = {cost: sorted(sorted(group.members) for group in grouped(shapes, cost)) for cost in (0, 1e6, 1e9)}
+    assert together[0] == [[0, 1], [2], [3], [4]]  # of one shape, on whichever side
+    # four of 16 x 72 take 0.8 million multiply-adds, five of 64 x 72 take 21 million
+    assert together[1e6] == [[0, 1, 2, 4], [3]]
+    assert together[1e9] == [[0, 1, 2, 3, 4]]
+
+
+def test_on_a_gpu_600_thousand_parameters_are_one_stack():
+    with torch.device("meta"):
+        matrices = [p.flatten(1) for p in build_model("unet", **LADDER["600k"]).parameters() if p.ndim in (2, 4)]
+    (group,) = grouped([(len(matrix), len(matrix.T)) for matrix in matrices], STACK_COST["cuda"])
+    assert sorted(group.members) == list(range(len(matrices)))
+
+
+class MatrixByMatrix:
+    """Muon as its papers have it, in double precision."""
+
+    def __init__(self, weights: list[torch.Tensor]):
+        self.weights = [weight.detach().double() for weight in weights]
+        self.momenta = [torch.zeros_like(weight) for weight in self.weights]
+
+    def step(self, gradients: list[torch.Tensor | None], lr: float):
+        for weight, momentum, gradient in zip(self.weights, self.momenta, gradients, strict=True):
+            if gradient is None:
+                continue
+            gradient = gradient.double()
+            momentum.copy_(MOMENTUM * momentum + (1 - MOMENTUM) * gradient)
+            x = ((1 - MOMENTUM) * gradient + MOMENTUM * momentum).flatten(1)
+            length = 0.2 * max(x.shape) ** 0.5
+            x = x / x.norm()
+            for _ in range(5):
+                x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+            weight.copy_(weight - lr * WEIGHT_DECAY * weight - lr * length * x.view_as(weight))
+
+
+def some_weights() -> list[nn.Parameter]:
+    """Wide, tall and square ones, in both memory formats, in several stacks."""
+    torch.manual_seed(0)
+    shapes = [(16, 8, 3, 3), (12, 8, 1, 1), (64, 9, 1, 1), (48, 48), (96, 400), (400, 96), (8, 130)]
+    values = [torch.randn(shape) for shape in shapes]
+    values[0] = values[0].to(memory_format=torch.channels_last)
+    assert len(PaddedStacks(values).stacks) > 1
+    return [nn.Parameter(value) for value in values]
+
+
+def test_steps_are_those_of_the_formulas_whichever_weights_have_gradients():
+    weights = some_weights()
+    expected, optimizer = MatrixByMatrix(weights), Muon(weights, LR)
+    for step in range(6):
+        lr = LR / (1 + step)
+        optimizer.param_groups[0]["lr"] = lr
+        for i, weight in enumerate(weights):
+            # the first never has one, another one misses every step
+            weight.grad = None if i in (0, step) else torch.randn_like(weight)
+        expected.step([weight.grad for weight in weights], lr)
+        optimizer.step()
+    for ours, theirs in zip(weights, expected.weights, strict=True):
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=2e-6)
+    assert not optimizer.state[weights[0]]
+
+
+def test_state_goes_through_a_file_no_larger_than_its_momenta():
+    weights = some_weights()
+    others = copy.deepcopy(weights)
+    gradients = [[torch.randn_like(weight) for weight in weights] for _ in range(4)]
+
+    def move(optimizer, weights, gradients):
+        for gradient in gradients:
+            for weight, value in zip(weights, gradient, strict=True):
+                weight.grad = value
+            optimizer.step()
+
+    optimizer = Muon(weights, LR)
+    move(optimizer, weights, gradients)
+    first = Muon(others, LR)
+    move(first, others, gradients[:2])
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    assert file.tell() < 4 * sum(weight.numel() for weight in weights) + 8000
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    expected = MatrixByMatrix([torch.zeros_like(weight) for weight in weights])
+    for gradient in gradients[:2]:
+        expected.step(gradient, LR)
+    for i, momentum in enumerate(expected.momenta):
+        assert list(saved["state"][i]) == ["momentum"]
+        torch.testing.assert_close(saved["state"][i]["momentum"], momentum.float())
+    second = Muon(others, 0.0)
+    move(second, others, gradients[:1])  # without moving: its own momenta are to be replaced
+    second.load_state_dict(saved)
+    move(second, others, gradients[2:])
+    assert all(map(torch.equal, weights, others))
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")

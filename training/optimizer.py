@@ -1,11 +1,12 @@
 """The optimizers: AdamW for all weights, or Muon for the matrices among them and AdamW for the rest."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from kernels.cuda_graph import RecordedFunction
 
@@ -18,7 +19,9 @@ SMALLEST_SIDE = 8  # Muon takes no weight with fewer rows or columns: it has har
 # few steps; the price is that they do not settle at 1 but end between 0.7 and 1.2, which does no harm.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-ONE_STACK_BITS = 10  # on a GPU all matrices whose longer side has at most this many bits share one stack
+# What the calls for one stack more cost, in multiply-adds that take as long. That is 0.2 to 0.3 ms on two cores of an
+# EPYC, where half or twice the number is as good. On a GPU all matrices of up to 600k parameters then share one stack.
+STACK_COST = {"cpu": 1e7, "cuda": 3e9}
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float) -> "torch.optim.Optimizer | MuonAndAdamW":
@@ -71,59 +74,122 @@ class MuonAndAdamW:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): each step is equally long in all directions of a matrix, along its Nesterov momentum.
 
-    `torch.optim.Muon` takes one matrix after the other, in bf16, and so needs three to five times as long for the many
-    small matrices of these models. A convolution counts as a matrix of output channels by (input channels x kernel).
-    Steps are scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4), so that
-    learning rates for AdamW suit Muon, too.
+    `torch.optim.Muon` takes one matrix after the other, in bf16, and so needs several times as long for the many small
+    matrices of these models. A convolution counts as a matrix of output channels by (input channels x kernel). Steps
+    are scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4), so that learning
+    rates for AdamW suit Muon, too.
     """
 
     def __init__(self, weights: list[nn.Parameter], lr: float):
         super().__init__(weights, {"lr": lr})
-        self.directions = RecordedFunction(directions)
+        self.stacks = PaddedStacks(weights)
+        self.directions = RecordedFunction(self._directions)
 
     @torch.no_grad()
     def step(self) -> None:
-        for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
-            for weight in weights:
-                if not self.state[weight]:
-                    self.state[weight]["momentum"] = torch.zeros_like(weight)
-            momenta = [self.state[weight]["momentum"] for weight in weights]
-            torch._foreach_mul_(weights, 1 - group["lr"] * WEIGHT_DECAY)
-            steps = self.directions([weight.grad for weight in weights], momenta)
-            torch._foreach_add_(weights, steps, alpha=-group["lr"])
+        """Move every weight that has a gradient."""
+        (group,) = self.param_groups
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        slots = [s for weight, s in zip(group["params"], self.stacks.slots, strict=True) if weight.grad is not None]
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        momenta = [self.state[weight]["momentum"] for weight in weights]
+        steps = self.directions([weight.grad for weight in weights], momenta, slots)
+        # a tensor, because on a CPU a number is made one anew for each weight
+        kept = torch.full((), 1 - group["lr"] * WEIGHT_DECAY, device=weights[0].device)
+        torch._foreach_mul_(weights, kept)
+        torch._foreach_add_(weights, steps, alpha=-group["lr"])
+
+    def _directions(self, gradients: list[Tensor], momenta: list[Tensor], slots: list[Tensor]) -> list[Tensor]:
+        """Update the momenta in place, and return the step of each weight for a learning rate of 1.
+
+        slots: those of the weights in `self.stacks`.
+        """
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        ahead = list(torch._foreach_lerp(gradients, momenta, MOMENTUM))
+        self.stacks.clear()
+        torch._foreach_copy_(slots, ahead)
+        self.stacks.orthogonalize()
+        # back into the memory format of the weights, in which a GPU adds all steps to them in one kernel
+        torch._foreach_copy_(ahead, slots)
+        return ahead
 
 
-def directions(gradients: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
-    """Update the momenta in place, and return the step of each matrix for a learning rate of 1."""
-    torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-    ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)
-    results = []
-    for gradient, direction in zip(gradients, orthogonalized([a.flatten(1) for a in ahead]), strict=True):
-        size = 0.2 * max(direction.shape) ** 0.5
-        results.append(torch.empty_like(gradient).copy_((direction * size).view(gradient.shape)))
-    return results
+class PaddedStacks:
+    """Many matrices in a few tensors, so that a product of all of them takes a few calls.
 
-
-def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
-    """Approximately U V^T for each matrix U S V^T: singular values end between 0.7 and 1.2 unless they are nearly zero.
-
-    Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks". Rows and columns of zeros stay zeros,
-    so matrices of several sizes are padded with zeros and computed as one stack.
+    stacks: tensors (N, rows, columns) with rows <= columns; a matrix lies in the corner of its own, amid zeros, on its
+    side if it is tall. slots: for each weight the view of its place, of the weight's shape. factors: (N, 1, 1) each.
     """
-    stacks = defaultdict(list)
-    for i, matrix in enumerate(matrices):
-        # no matrix is padded to more than twice its length, except on a GPU, where a launch costs more than zeros do
-        stacks[max(max(matrix.shape).bit_length(), ONE_STACK_BITS if matrix.is_cuda else 0)].append(i)
-    results = {}
-    for chosen in stacks.values():
-        wide = [matrices[i] if matrices[i].shape[0] <= matrices[i].shape[1] else matrices[i].T for i in chosen]
-        rows, columns = (max(sizes) for sizes in zip(*(matrix.shape for matrix in wide), strict=True))
-        stack = torch.stack([pad(m, (0, columns - m.shape[1], 0, rows - m.shape[0])) for m in wide])
-        for i, matrix, x in zip(chosen, wide, newton_schulz(stack), strict=True):
-            x = x[: matrix.shape[0], : matrix.shape[1]]
-            results[i] = x if x.shape == matrices[i].shape else x.T
-    return [results[i] for i in range(len(matrices))]
+
+    def __init__(self, weights: Sequence[Tensor]):
+        shapes = [(len(weight), weight[0].numel()) for weight in weights]
+        like = {"dtype": weights[0].dtype, "device": weights[0].device}
+        groups = grouped(shapes, STACK_COST.get(weights[0].device.type, STACK_COST["cpu"]))
+        self.stacks = [torch.zeros(len(group.members), group.rows, group.columns, **like) for group in groups]
+        self.factors = []
+        slots = {}
+        for group, stack in zip(groups, self.stacks, strict=True):
+            for i, matrix in zip(group.members, stack, strict=True):
+                rows, columns = shapes[i]
+                place = matrix[:rows, :columns] if rows <= columns else matrix[:columns, :rows].T
+                slots[i] = place.unflatten(1, weights[i].shape[1:])
+            factors = [0.2 * max(shapes[i]) ** 0.5 for i in group.members]
+            self.factors.append(torch.tensor(factors, **like)[:, None, None])
+        self.slots = [slots[i] for i in range(len(weights))]
+
+    def clear(self) -> None:
+        """Fill the slots, and what is between them, with zeros."""
+        for stack in self.stacks:
+            stack.zero_()
+
+    def orthogonalize(self) -> None:
+        """Replace each matrix U S V^T with about U V^T, as long as a step of AdamW for a learning rate of 1.
+
+        Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks". Singular values end between 0.7
+        and 1.2 times the factor unless they are nearly zero. Rows and columns of zeros stay zeros.
+        """
+        for stack, factor in zip(self.stacks, self.factors, strict=True):
+            torch.mul(newton_schulz(stack), factor, out=stack)
+
+
+class Group(NamedTuple):
+    """The numbers of the matrices that share a stack, and how many rows and columns the stack has."""
+
+    rows: int
+    columns: int
+    members: list[int]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of `newton_schulz`."""
+        return NEWTON_SCHULZ_STEPS * len(self.members) * self.rows**2 * (2 * self.columns + self.rows)
+
+
+def grouped(shapes: Sequence[tuple[int, int]], stack_cost: float) -> list[Group]:
+    """Which matrices share a stack: from a stack for each shape on, two are merged as long as that saves time.
+
+    stack_cost: of the calls for one stack more, in multiply-adds that take as long.
+    """
+    by_shape: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, shape in enumerate(shapes):
+        by_shape[min(shape), max(shape)].append(i)
+    groups = [Group(rows, columns, members) for (rows, columns), members in by_shape.items()]
+
+    def merged(a: Group, b: Group) -> Group:
+        return Group(max(a.rows, b.rows), max(a.columns, b.columns), a.members + b.members)
+
+    def price(pair: tuple[Group, Group]) -> int:
+        """The multiply-adds with zeros that merging the pair adds."""
+        return merged(*pair).multiply_adds - sum(group.multiply_adds for group in pair)
+
+    while len(groups) > 1:
+        cheapest = min(combinations(groups, 2), key=price)
+        if price(cheapest) > stack_cost:
+            break
+        groups = [group for group in groups if group not in cheapest] + [merged(*cheapest)]
+    return groups
 
 
 def newton_schulz(x: Tensor) -> Tensor:
@@ -131,6 +197,6 @@ def newton_schulz(x: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]  # singular values are now at most 1
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
+        gram = torch.bmm(x, x.mT)  # with fewer calls than x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x

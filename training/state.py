@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from diffusion import DDPMScheduler, Denoiser
@@ -32,6 +33,9 @@ class TrainState:
         self.model = model
         self.about = about
         self.ema = AveragedModel(model)
+        # kept, because to look for them in the modules takes longer than to average them
+        self.weights: list[Tensor] = list(model.parameters())
+        self.averaged_weights: list[Tensor] = list(self.ema.parameters())
         self.longest_decay = longest_decay
         self.optimizer = make_optimizer(optimizer, model, lr)
         self.step = 0
@@ -49,14 +53,14 @@ class TrainState:
     def average(self) -> None:
         """Move the average towards the weights; `AveragedModel.update_parameters` would wait for the GPU."""
         decay = ema_decay(self.longest_decay, self.step) if self.step else 0.0
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        torch._foreach_lerp_(self.averaged_weights, self.weights, 1 - decay)
         self.ema.n_averaged += 1
 
     def mean_loss(self, processes: Processes, run: Path) -> float:
         """The mean loss since the last log line. Raises RunFailed if it or a weight is not finite."""
         loss = processes.total(self.loss_sum).item() / self.loss_steps
         self.check(math.isfinite(loss), f"the loss is {loss}", run)
-        finite = all(torch.isfinite(p).all() for p in self.model.parameters())
+        finite = all(torch.isfinite(p).all() for p in self.weights)
         self.check(finite, f"the loss is {loss:.4g} but a weight is not finite", run)
         return loss
 

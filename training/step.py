@@ -87,5 +87,5 @@ class TrainStep:
             losses = self.scheduler.training_loss(self.network, batch.x_0, batch.t, batch.eps, **condition)
             loss = losses.sum() * scale
         loss.backward()
-        nn.utils.clip_grad_norm_(self.state.model.parameters(), GRADIENT_NORM)
+        nn.utils.clip_grad_norm_(self.state.weights, GRADIENT_NORM)
         return loss.detach()
