@@ -39,7 +39,7 @@ def test_every_denoiser_has_the_same_call_and_starts_at_the_preconditioning(name
     assert output.shape == x.shape and torch.equal(output, model(x, t))
     assert (state is not None) == (name == "true")
     assert (model(x, torch.tensor([100, 399])) - output)[0].abs().max() > 1e-4
-    assert torch.allclose(model(x[:1], t[:1]), output[:1], atol=1e-5)  # images do not see each other
+    assert torch.allclose(model(x[:1], t[:1]), output[:1], atol=1e-4)  # images do not see each other
 
 
 @pytest.mark.parametrize("name", MODELS)
