@@ -47,10 +47,9 @@ struct Cell {
     Weights weights() const { return {channels, channels}; }
 };
 
-constexpr int FORWARD_TILES = 8, BACKWARD_TILES = 16;  // of a block: what its products read stays in the caches
-int most_tiles(const Cell& g, int size) {
-    return std::max(size, g.across() < size ? size / g.across() * g.across() : 0);
-}
+// Tiles of a block: what its products read stays in the caches. Backward, a block has whole rows of tiles.
+constexpr int FORWARD_TILES = 8, BACKWARD_TILES = 16;
+int whole_rows(const Cell& g) { return std::max(BACKWARD_TILES, g.across()); }
 
 // The threads of a call. With fewer images than threads, several share an image, each with some of its rows of tiles.
 struct Team {
@@ -168,8 +167,7 @@ struct Workspace {  // of a thread
     float *v, *m, *pixels;
     int apart;
 };
-void take(Arena& arena, const Cell& g, int size, Workspace& w) {
-    const int tiles = most_tiles(g, size);
+void take(Arena& arena, const Cell& g, int tiles, Workspace& w) {
     w.apart = point_apart(tiles, g.wide());
     w.v = arena.take(ALL_POINTS * w.apart), w.m = arena.take(ALL_POINTS * w.apart);
     w.pixels = arena.take(tiles * TILE * TILE * g.wide());
@@ -209,29 +207,34 @@ void step_from(const Cell& g, const Band& band, const float* z, const float* h, 
 }
 
 // A step's gradients for the rows of a band. of_next: of the state after it. of_h: of the state before it, h, with a
-// border; of_drive and of_share are added to. of_points: of the weights, or null for a
+// border. of_drive and of_share are added to, unless this is the last step. of_points: of the weights, or null for a
 // first step from zeros.
 void step_gradient(const Cell& g, const Band& band, const float* exchanged, const float* h, const float* z,
-                   const float* share, const float* of_next, float* of_h, float* of_drive, float* of_share,
+                   const float* share, bool last, const float* of_next, float* of_h, float* of_drive, float* of_share,
                    float* of_points, const Workspace& w) {
     const int wide = g.wide();
-    memset(of_h + band.top * TILE * g.row(), 0, ((band.bottom - band.top) * TILE + 2) * g.row() * sizeof(float));
-    for_blocks(band.top, band.bottom, g.across(), BACKWARD_TILES, [&](const Block& b) {
-        if ((b.top + b.down) * TILE > g.height || (b.left + b.across) * TILE > g.width)
+    auto clear = [=](int row, int count) { memset(of_h + (size_t)row * g.row(), 0, count * g.row() * sizeof(float)); };
+    clear(band.top * TILE, 2);  // the border, and the first row
+    for_blocks(band.top, band.bottom, g.across(), whole_rows(g), [&](const Block& b) {
+        const int bottom = (b.top + b.down) * TILE, inside = std::min(bottom, g.height);
+        if (bottom > g.height || b.across * TILE > g.width)
             memset(w.pixels, 0, b.count() * TILE * TILE * wide * sizeof(float));
         for_rows(g, b, [=](size_t at, int in, int from, int count) {
+            const bool begun = from == 0;  // the tiles above have added to the first row
             const float *zs = z + at, *shares = share + at, *now = h + in, *next = of_next + in;
             float *of_sum = w.pixels + from, *to = of_h + in, *drives = of_drive + at, *of_shares = of_share + at;
 #pragma GCC unroll 2
             for (int i = 0; i < count; i += LANES) {
                 const vec z_ = load(zs + i), a = load(shares + i), of = load(next + i);
                 const vec s = sigmoid(z_), f = z_ * s, m = of * a, of_z = m * (s + f - f * s);
+                const vec of_a = of * (f - load(now + i));
                 store(of_sum + i, of_z);
-                add(to + i, of - m);
-                add(drives + i, of_z);
-                add(of_shares + i, of * (f - load(now + i)));
+                store(to + i, begun ? load(to + i) + (of - m) : of - m);
+                store(drives + i, last ? of_z : load(drives + i) + of_z);
+                store(of_shares + i, last ? of_a : load(of_shares + i) + of_a);
             }
         });
+        clear(inside + 1, bottom - inside + 1);  // the row below, to which the tiles add
         if (!of_points) return;
         for (int t = 0; t < b.count(); t++) {
             output_gradient(w.pixels + tile_in(b, t, wide), b.across * TILE * wide, wide, w.m + t * wide, w.apart);
@@ -332,7 +335,7 @@ bool cell_backward(int threads, int images, int channels, int height, int width,
             of_drive[t] = arena.take(g.area()), of_share[t] = arena.take(g.area());
             before[t] = arena.take(g.padded()), after[t] = arena.take(g.padded());
             points[t] = arena.take(g.weights().all()), sums[t] = arena.take(2 * wide);
-            take(arena, g, BACKWARD_TILES, own[t]);
+            take(arena, g, whole_rows(g), own[t]);
         }
         if (!exchanged) return;  // only counted
 #pragma omp parallel num_threads(threads)
@@ -342,6 +345,7 @@ bool cell_backward(int threads, int images, int channels, int height, int width,
             g.weights().transform(weight, exchanged, true, false);
             const int mine = team.group, me = team.thread;
             memset(points[me], 0, g.weights().all() * sizeof(float));
+            for (float* border : {before[me], after[me]}) memset(border, 0, g.padded() * sizeof(float));
             if (team.index == 0 && mine < team.groups) memset(states[mine], 0, steps * g.padded() * sizeof(float));
             team.wait();
             team.each(images, [&](int image) {
@@ -355,15 +359,13 @@ bool cell_backward(int threads, int images, int channels, int height, int width,
                     copy_rows(g, band, h ? h + image * pixels * channels : nullptr, state(0));
                     for (int k = 0; k + 1 < steps; k++)
                         step_from(g, band, z_of(k), state(k), share[mine], state(k + 1));
-                    for (float* sum : {of_drive[mine], of_share[mine]})
-                        memset(sum + band.first * g.line(), 0, (band.last - band.first) * g.line() * sizeof(float));
                     copy_rows(g, band, gradient + image * pixels * channels, of_next);
                 }
                 team.wait();
                 for (int k = steps - 1; k >= 0; k--) {
                     const bool still = k == 0 && !h;  // W_rec * 0 = 0
                     if (busy)
-                        step_gradient(g, band, exchanged, state(k), z_of(k), share[mine], of_next, of_now,
+                        step_gradient(g, band, exchanged, state(k), z_of(k), share[mine], k == steps - 1, of_next, of_now,
                                       of_drive[mine], of_share[mine], still ? nullptr : points[me], own[me]);
                     team.wait();
                     std::swap(of_now, of_next);
