@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from models import ARMS, MODELS, build_model, complete_config, count_parameters, multiply_adds
+from choices import ARMS, MODELS
+from models import build_model, complete_config, count_parameters, multiply_adds
 from runtime.errors import UserError
 from training.checkpoint import load_model, save_model
 
