@@ -180,14 +180,17 @@ def slow_imports() -> Iterator[None]:
     """A block that imports torch, for seconds, once the flags are known to be right.
 
     A stop signal ends the process in the block at once, in one line, since half-imported modules may not be able to end
-    in order. Python does not look for garbage meanwhile, which took an eighth of the time and found none.
+    in order. Python does not look for garbage meanwhile, which took an eighth of the time and found none. Nor does it
+    look through what was imported later on: that stays to the end.
     """
-    collecting = gc.isenabled()
+    first, collecting = "torch" not in sys.modules, gc.isenabled()
     gc.disable()
     try:
         with _handled_by(_leave_at_once):
             yield
     finally:
+        if first:
+            gc.freeze()
         if collecting:
             gc.enable()
 
