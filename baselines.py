@@ -23,20 +23,6 @@ from liquid_diffusion import (
     TrueLiquidDiffusionModel,
 )
 
-# The shape of each rung. From 600k up it is DDPM's own (Ho et al. 2020, appendix B) with fewer channels: c, 2c, 2c, 2c,
-# two residual blocks per level, attention on the second level and in the middle. Below 600k it is the best of those
-# that were tried (LOG.md).
-DDPM_SHAPE = {"layers_per_block": 2, "mid_block": True, "attention_level": 1}
-LADDER = {
-    "38k": {},
-    "38k-flat": {"channels": (16,), "layers_per_block": 2, "time_embedding_dim": 32},
-    "150k": {"channels": (24, 24), "mid_block": True},
-    "600k": {"channels": (16, 32, 32, 36), **DDPM_SHAPE},
-    "2.4m": {"channels": (32, 64, 64, 72), **DDPM_SHAPE},
-    "4m": {"channels": (44, 88, 88, 88), **DDPM_SHAPE},
-    "35.7m": {"channels": (128, 256, 256, 256), **DDPM_SHAPE},
-}
-
 
 class UNetReference(Denoiser):
     """A U-Net with the residual blocks of Ho et al. 2020 (appendix B); by default as large as the liquid models.

@@ -12,29 +12,13 @@ and reported with its fastest variant. Do nothing else on the machine meanwhile.
 
 from runtime import interrupted_import  # noqa: F401  # isort: skip
 
-import argparse
-import importlib.metadata
 import importlib.util
-import os
-import platform
 from pathlib import Path
 
-import torch
-
-from lab.benchmark.report import markdown, save_plot
-from lab.benchmark.sections import NEED_TRAIN, SECTIONS, Bench, Variant
-from runtime.command_line import Parser, file_or_folder, integer, number, run
+from choices import DEVICES, NEED_TRAIN, SECTIONS
+from runtime.command_line import Parser, file_or_folder, integer, number, run, slow_imports
 from runtime.errors import UserError
-from runtime.files import check_writable, make_folder, save_json, save_text
-from runtime.hardware import (
-    DEVICES,
-    choose_device,
-    has_bf16,
-    keep_freed_memory,
-    machine_name,
-    out_of_memory_named,
-    stay_within_memory,
-)
+from runtime.files import check_writable
 
 PACKAGES = ("diffusers", "torchdiffeq", "ncps")
 
@@ -49,7 +33,7 @@ def parser() -> Parser:
         help="images per training step")
     add("--image-size", type=integer(8, 4096, "larger ones need more memory than machines have"), default=32,
         help="side of the images in pixels, a multiple of 8")
-    add("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION",
+    add("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION",
         help=f"what to measure: {', '.join(SECTIONS)}; {', '.join(sorted(NEED_TRAIN))} also run train first")
     add("--seconds", type=number(0, 3600, "no median gets better with more", without=(0,)), default=1.0,
         help="seconds per timing round")
@@ -61,61 +45,21 @@ def parser() -> Parser:
     return p
 
 
-def conditions(s: argparse.Namespace, device: torch.device) -> dict:
-    """What readers have to know to compare the figures with their own."""
-    return {
-        "machine": machine_name(device),
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "load_average_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
-        "settings": {
-            name: getattr(s, name) for name in ("batch_size", "image_size", "sections", "seconds", "no_compile")
-        },
-        "images": "random uint8",
-        "units": "seconds per call (a step, a sampling, a pass), the median of rounds; bytes; "
-        "multiply-adds per forward pass of one image unless they are said to be per step",
-    }
-
-
 def main() -> None:
     """Parse, check, measure section by section, tell."""
     s = parser().parse_args()
     folder = Path(s.output_dir)
     check_writable(folder, "--output-dir")
-    keep_freed_memory()
-    device = choose_device(s.device)
-    stay_within_memory(device)
     if s.image_size % 8:
         raise UserError(f"--image-size: must be a multiple of 8, got {s.image_size}")
     for name in PACKAGES:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"benchmark.py needs {name}; pip install -r requirements-compare.txt")
     s.sections = [name for name in SECTIONS if name in s.sections or (name == "train" and NEED_TRAIN & {*s.sections})]
-    precisions = ("fp32", "bf16") if has_bf16(device) else ("fp32",)
-    variants = [Variant(p, c) for c in ((False,) if s.no_compile else (False, True)) for p in precisions]
-    bench = Bench(device, s.batch_size, s.image_size, s.seconds, variants)
-    make_folder(folder, "--output-dir")
-    report = conditions(s, device)
-    print(f"{report['machine']}: do nothing else on it meanwhile", flush=True)
-    for name in s.sections:
-        print(f"measuring {name}", flush=True)
-        torch._dynamo.reset()
-        try:
-            with out_of_memory_named(s.batch_size, "a smaller --image-size"):
-                report[name] = SECTIONS[name](bench)
-        except KeyboardInterrupt:
-            done = s.sections[: s.sections.index(name)]
-            raise KeyboardInterrupt(f"{folder / 'benchmark.json'} has {', '.join(done)}" if done else "") from None
-        save_json(folder / "benchmark.json", report)
-    table = markdown(report)
-    save_text(folder / "benchmark.md", table)
-    save_plot(report, folder / "benchmark.png")
-    print(table)
-    for name in ("benchmark.json", "benchmark.md", "benchmark.png"):
-        if (folder / name).exists():
-            print(folder / name)
+
+    with slow_imports():
+        from lab.benchmark.procedure import measure_and_write
+    measure_and_write(s, folder, PACKAGES)
 
 
 if __name__ == "__main__":

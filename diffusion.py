@@ -16,9 +16,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from choices import PREDICTION_TYPES, SAMPLERS, SCHEDULES
+
 SIGMA_DATA = 0.5  # the standard deviation of the data that EDM assumes (Karras et al. 2022, table 1)
-SCHEDULES = ("linear", "cosine")
-PREDICTION_TYPES = ("eps", "v", "edm")
 
 # (x_t, t, state) -> (x_0, eps, state): what a sampler calls
 Denoise = Callable[[Tensor, int, object], tuple[Tensor, Tensor, object]]
@@ -283,9 +283,6 @@ def dpmpp(
         x = sigma_s / sigma_t * x - alpha_s * math.expm1(-step) * data
         previous, last_step = x_0, step
         yield s, x, x_0
-
-
-SAMPLERS = ("ddpm", "ddim", "dpmpp")
 
 
 def image_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Callable[[], Tensor]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from choices import ODEINT_SOLVERS, SOLVERS
 from diffusion import Denoiser
 from kernels import liquid_kernel
 from kernels.convolution import Conv3x3
@@ -25,8 +26,6 @@ STEP_FRACTION: dict[str, Callable[[Tensor], Tensor]] = {
     "semi-implicit": lambda a: a / (1 + a),  # the fused solver of Hasani et al. 2021, algorithm 1
     "exponential": lambda a: -torch.expm1(-a),  # exact if f does not change during the step
 }
-ODEINT_SOLVERS = ("midpoint", "rk4", "dopri5")  # torchdiffeq's solvers on the same cell, meant for sampling
-SOLVERS = (*STEP_FRACTION, *ODEINT_SOLVERS)
 ACTIVATIONS = {"silu": F.silu, "tanh": torch.tanh}  # only tanh keeps the state bounded
 
 # The bounds of each cell's tau, for a horizon of 2. With 3, 5 and 7 steps, tau_min keeps Euler's dt / tau below 1.

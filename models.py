@@ -5,25 +5,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from baselines import ABLATIONS, LADDER, UNetReference
+from baselines import ABLATIONS, UNetReference
 from diffusion import Denoiser, carries_state
 from kernels.native import plain_torch
 from liquid_diffusion import STEP_MULTIPLES, TrueLiquidDiffusionModel, scaled_steps
 from liquid_diffusion_inspired import InspiredDiffusionModel
 
-MODELS = {"true": TrueLiquidDiffusionModel, "inspired": InspiredDiffusionModel, "unet": UNetReference}
-
-# the arms that compare.py knows: name -> (model, its config)
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "true": ("true", {}),
-    "inspired": ("inspired", {}),
-    **{f"unet:{rung}": ("unet", shape) for rung, shape in LADDER.items()},
-    "true:steps=1": ("true", {"ode_steps": (1, 1, 1)}),
-    "true:steps=random": ("true", {"random_steps": True}),
-    "true:solver=exponential": ("true", {"solver": "exponential"}),
-    **{f"true:{name}": (f"true:{name}", {}) for name in ABLATIONS},
+NETWORKS: dict[str, type[Denoiser]] = {
+    "true": TrueLiquidDiffusionModel,
+    "inspired": InspiredDiffusionModel,
+    "unet": UNetReference,
+    **{f"true:{name}": model for name, model in ABLATIONS.items()},
 }
 
 
@@ -33,11 +26,10 @@ def build_model(name: str, **config) -> Denoiser:
     Raises ValueError for an unknown name or a keyword argument that the network does not have, and ImportError if the
     network needs a package that is not installed.
     """
-    known = MODELS | {f"true:{name}": model for name, model in ABLATIONS.items()}
-    if name not in known:
-        raise ValueError(f"model: must be one of {', '.join(known)}, got {name!r}")
+    if name not in NETWORKS:
+        raise ValueError(f"model: must be one of {', '.join(NETWORKS)}, got {name!r}")
     try:
-        return known[name](**config)
+        return NETWORKS[name](**config)
     except TypeError as error:
         raise ValueError(f"model {name!r} cannot be built from {config}: {error}") from error
 
@@ -57,6 +49,8 @@ def count_parameters(model: nn.Module) -> int:
 @torch.no_grad()
 def multiply_adds(model: nn.Module, shape: tuple[int, int, int]) -> int:
     """Multiply-adds of one forward pass on one image of shape (C, H, W); every ODE step is counted."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which drawing does not need
+
     device = next(model.parameters()).device
     with plain_torch(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device))

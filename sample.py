@@ -10,42 +10,16 @@ python sample.py --tau-maps tau.png                                      # where
 
 from runtime import interrupted_import  # noqa: F401  # isort: skip
 
-import argparse
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
+from choices import DEVICES, SAMPLERS, SOLVERS
+from runtime.command_line import Parser, file_or_folder, integer, number, run, slow_imports
+from runtime.errors import UserError
+from runtime.files import check_distinct, check_writable, output_file
+from training.run_folder import check_not_own, weights_file
 
-from diffusion import SAMPLERS, DDPMScheduler, Denoiser, sample_images
-from images.pictures import save_gif, save_grid
-from images.single import save_folder, save_npz
-from lab.evaluation.tau_maps import record, save_tau_maps
-from liquid_diffusion import SOLVERS, TrueLiquidDiffusionModel
-from runtime.command_line import Parser, file_or_folder, integer, number, run
-from runtime.errors import RunFailed, UserError, reason, user_errors
-from runtime.files import check_distinct, check_writable, make_folder, output_file
-from runtime.hardware import DEVICES, choose_device, keep_freed_memory, out_of_memory_named, stay_within_memory
-from runtime.names import chosen
-from runtime.progress import progress_bar
-from training.checkpoint import load_model
-from training.run_folder import check_not_own
-
-SHOWN = 3  # images in the maps of time constants
 PUBLISHED = Path(__file__).parent / "pretrained" / "true-cifar10.safetensors"
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A model to draw from, its scheduler, and the config that its file names."""
-
-    model: Denoiser
-    scheduler: DDPMScheduler
-    config: dict
 
 
 def parser() -> Parser:
@@ -97,148 +71,30 @@ def main() -> None:
     check_distinct(outputs)
     for flag, name in outputs:
         check_not_own(name, flag, args.checkpoint or [])
-    keep_freed_memory()
-    device = choose_device(args.device)
-    stay_within_memory(device)
-    if args.checkpoint is None and not PUBLISHED.exists():
-        raise UserError("--checkpoint: name a run folder; there are no published weights beside sample.py")
-    drawn = load_all(args.checkpoint or [str(PUBLISHED)])
-    timesteps = min(one.scheduler.num_timesteps for one in drawn.values())
-    args.steps = args.steps or min(50, timesteps)
-    if args.steps > timesteps:
-        raise UserError(f"--steps: must be at most the model's {timesteps} timesteps, got {args.steps}")
-    liquid = {name: one.model for name, one in drawn.items() if isinstance(one.model, TrueLiquidDiffusionModel)}
-    for flag, wanted in (("--solver", args.solver), ("--ode-steps", args.ode_steps), ("--tau-maps", args.tau_maps)):
-        if wanted and not liquid:
-            raise UserError(f"{flag}: only a true liquid model has an ODE, this model is {', '.join(drawn)}")
-    with user_errors("--solver"):
-        for model in liquid.values():
-            model.set_solver(args.solver, args.ode_steps)
-    labels = {
-        name: chosen_labels(args.classes, one.config["classes"], one.model.num_classes, args.num_images)
-        for name, one in drawn.items()
-    }
-    if args.guidance != 1 and None in labels.values():
-        raise UserError("--guidance: this model has no classes; train.py --class-conditional learns them")
     written = [image_output(name) for name in args.output]
-    if len(drawn) > 1 and any(path.suffix.lower() != ".png" for path in written):
-        raise UserError("--output: single images are of one model; name one --checkpoint, or a PNG")
     gif = output_file(args.gif, "--gif", ".gif") if args.gif else None
     maps = output_file(args.tau_maps, "--tau-maps", ".png") if args.tau_maps else None
-    for one in drawn.values():
-        one.model.to(device).to(memory_format=torch.channels_last)
+    if args.checkpoint is None and not PUBLISHED.exists():
+        raise UserError("--checkpoint: name a run folder; there are no published weights beside sample.py")
+    args.checkpoint = args.checkpoint or [str(PUBLISHED)]
+    for checkpoint in args.checkpoint:
+        weights_file(checkpoint)
 
-    with out_of_memory_named(min(args.batch_size, args.num_images), "a smaller model"):
-        images, frames = draw(args, drawn, labels)
-        for path in written:
-            write(path, partial(save_as, path, images, labels, drawn, args.seed))
-        if gif is not None:
-            write(gif, lambda: save_gif(frames, gif))
-        if maps is not None:
-            name, model = next(iter(liquid.items()))
-            options: dict[str, Any] = sampling_options(args) | {"labels": labels[name]}
-            shape = drawn[name].config["shape"]
-            found = record(model, drawn[name].scheduler, shape, min(args.num_images, SHOWN), **options)
-            write(maps, lambda: save_tau_maps(found, maps))
+    with slow_imports():
+        from lab.drawing import draw_and_write
+    draw_and_write(args, written, gif, maps)
 
 
 def image_output(name: str) -> Path:
-    """The path of one --output, whose folder is made: a PNG, an NPZ, or a folder, which its name or a slash tells."""
+    """The path of one --output: a PNG, an NPZ, or a folder, which its name or a slash tells. Raises UserError."""
     path = Path(name)
     suffix = path.suffix.lower()
     if name.endswith(("/", os.sep)) or path.is_dir() or (not suffix and not path.exists()):
         check_writable(path, "--output")
-        make_folder(path, "--output")
         return path
     if suffix not in (".png", ".npz"):
         raise UserError(f"--output: must end in .png, in .npz, or in / for a folder, got {name}")
     return output_file(path, "--output", suffix)
-
-
-def save_as(
-    path: Path, images: dict[str, Tensor], labels: dict[str, Tensor | None], drawn: dict[str, Drawn], seed: int
-) -> None:
-    """Write what was drawn as the path says: a grid of all, or the single images of the only model."""
-    if path.suffix.lower() == ".png":
-        save_grid(images, path)
-        return
-    name, one = next(iter(drawn.items()))
-    save = save_npz if path.suffix.lower() == ".npz" else save_folder
-    save(images[name], labels[name], list(one.config["classes"]), seed, path)
-
-
-def load_all(checkpoints: list[str]) -> dict[str, Drawn]:
-    """The models by name; where two are of one kind, by their files' names. Raises UserError if their images differ."""
-    loaded = [Drawn(*load_model(Path(checkpoint))) for checkpoint in checkpoints]
-    names = [one.config["model"] for one in loaded]
-    if len(set(names)) < len(names):
-        names = checkpoints
-    if len(set(names)) < len(names):
-        raise UserError(f"--checkpoint: {', '.join(checkpoints)}: the same one twice")
-    for checkpoint, one in zip(checkpoints, loaded, strict=True):
-        if one.config["shape"] != loaded[0].config["shape"]:
-            shapes = "x".join(map(str, one.config["shape"])), "x".join(map(str, loaded[0].config["shape"]))
-            raise UserError(f"--checkpoint: {checkpoint} draws {shapes[0]}, {checkpoints[0]} {shapes[1]}")
-    return dict(zip(names, loaded, strict=True))
-
-
-def sampling_options(args: argparse.Namespace) -> dict:
-    """What the flags say of how to go from noise to image, as `sample_images` takes it."""
-    return {name: getattr(args, name) for name in ("sampler", "steps", "eta", "seed", "guidance")}
-
-
-def draw(
-    args: argparse.Namespace, drawn: dict[str, Drawn], labels: dict[str, Tensor | None]
-) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """(images, frames): what each model drew, and, if a GIF is wanted, each step's x_0; all (N, C, H, W)."""
-    x_0: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(args.steps)] for name in drawn}  # by step, batches
-    images = {}
-    total = args.num_images * args.steps * len(drawn)
-    with progress_bar(total=total, unit="call", unit_scale=True) as bar:
-        for name, one in drawn.items():
-
-            def on_step(step: int, predicted: Tensor, name: str = name) -> None:
-                if args.gif:
-                    x_0[name][step].append(predicted.cpu())
-                bar.update(len(predicted))
-
-            images[name] = sample_images(
-                one.model,
-                one.scheduler,
-                one.config["shape"],
-                args.num_images,
-                batch_size=args.batch_size,
-                labels=labels[name],
-                on_step=on_step,
-                **sampling_options(args),
-            )
-    steps = range(args.steps if args.gif else 0)
-    return images, [{name: torch.cat(x_0[name][step]) for name in drawn} for step in steps]
-
-
-def chosen_labels(classes: str | None, names: list[str], num_classes: int, num_images: int) -> Tensor | None:
-    """(num_images,) labels that take turns over the named classes, or over all of a class-conditional model's.
-
-    Raises UserError for a class that the model does not have, and for what may be two of its classes.
-    """
-    if not num_classes:
-        if classes is not None:
-            raise UserError("--classes: this model has no classes; train.py --class-conditional learns them")
-        return None
-    turns = list(range(num_classes))
-    if classes is not None:
-        with user_errors("--classes"):
-            turns = chosen(classes, names[:num_classes])
-    return torch.tensor(turns)[torch.arange(num_images) % len(turns)]
-
-
-def write(path: Path, save: Callable[[], None]) -> None:
-    """Save a picture and print where it is."""
-    try:
-        save()
-    except OSError as error:
-        raise RunFailed(f"cannot write {path} ({reason(error)}); nothing was changed") from error
-    print(path)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,23 @@ from runtime import interrupted_import  # noqa: F401  # isort: skip
 from dataclasses import fields
 from pathlib import Path
 
-from diffusion import PREDICTION_TYPES, SCHEDULES
-from images.datasets import DATASETS, image_size
-from liquid_diffusion import STEP_FRACTION
-from models import MODELS, build_model
-from runtime.command_line import Parser, file_or_folder, integer, number, parsed_by, run, spelled
+from choices import (
+    COMPILE,
+    DATASETS,
+    DEVICES,
+    MODELS,
+    OPTIMIZERS,
+    PRECISIONS,
+    PREDICTION_TYPES,
+    SCHEDULES,
+    STEP_SOLVERS,
+)
+from images.sides import image_size
+from runtime.command_line import Parser, file_or_folder, integer, number, parsed_by, run, slow_imports, spelled
 from runtime.errors import UserError
-from runtime.hardware import DEVICES, choose_device, stay_within_memory
-from training.config import BEFORE_THE_FLAG, COMPILE, PRECISIONS, TrainConfig
-from training.loop import train
-from training.optimizer import OPTIMIZERS
-from training.run_folder import CONFIG_FILE, read_config, run_folders
+from runtime.files import check_folder, check_writable
+from training.config import BEFORE_THE_FLAG, TrainConfig
+from training.run_folder import CONFIG_FILE, read_config, run_folders, weights_file
 
 # a resumed run may change how long it runs, where and how verbosely, but not what it learns from what
 CHANGEABLE = {
@@ -41,8 +47,8 @@ def parser() -> Parser:
     p = Parser(prog="train.py", description="Train one diffusion model into a run folder.")
     add, one_of = p.add_argument, p.add_mutually_exclusive_group().add_argument
     # fmt: off
-    add("--model", choices=list(MODELS), help="which network denoises")
-    add("--solver", choices=list(STEP_FRACTION), default="euler", help="how the true liquid model takes its ODE steps")
+    add("--model", choices=MODELS, help="which network denoises")
+    add("--solver", choices=STEP_SOLVERS, default="euler", help="how the true liquid model takes its ODE steps")
     add("--random-ode-steps", action="store_true",
         help="train the true model with 0.5 to 4 times its usual ODE steps, so that sample.py may choose them")
     add("--dataset", choices=DATASETS, help="what to learn")
@@ -69,7 +75,7 @@ def parser() -> Parser:
     add("--seed", type=integer(0, 10**12, "larger ones give nothing new"),
         help="seed of the weights, the batches and the noise")
     add("--device", choices=DEVICES, help="auto: cuda if there is one, else mps, else cpu")
-    add("--precision", choices=PRECISIONS, help="auto: bf16 if the processor multiplies in bf16, else fp32")
+    add("--precision", choices=PRECISIONS, help="auto: bf16 on GPUs and processors with a matrix unit for it (AMX), else fp32")
     add("--compile", nargs="?", choices=COMPILE, const="on",
         help="torch.compile, on a GPU with CUDA graphs; auto: compile long runs, if there is a compiler")
     add("--log-every", type=every, help="steps between two lines of metrics.csv")
@@ -107,10 +113,25 @@ def main() -> None:
         config, folder = TrainConfig(**values), None
     else:
         config, folder = resumed(given, Path(values["output_dir"]))
+    check_paths(config, new=folder is None, dry_run=dry_run)
+
+    with slow_imports():
+        from runtime.hardware import choose_device, stay_within_memory
+        from training.loop import train
     stay_within_memory(choose_device(config.device))
     finished = train(config, resume=folder, dry_run=dry_run)
     if finished is not None:
         print(f"done: {finished}\ndraw from it: python sample.py --checkpoint {finished}")
+
+
+def check_paths(config: TrainConfig, *, new: bool, dry_run: bool) -> None:
+    """Refuse paths that training would refuse, before seconds of imports. new: no run is resumed."""
+    if new and not dry_run:
+        check_writable(Path(config.output_dir), "--output-dir")
+    if new and config.init is not None:
+        weights_file(config.init)
+    if config.dataset == "folder":
+        check_folder(config.data_dir, "--data-dir")
 
 
 def resumed(given: dict, output_dir: Path) -> tuple[TrainConfig, Path]:
@@ -124,6 +145,8 @@ def resumed(given: dict, output_dir: Path) -> tuple[TrainConfig, Path]:
         folder = Path(given["resume"])
         folder = folder.parent if folder.is_file() else folder
     record = read_config(folder)
+    with slow_imports():
+        from models import build_model
     try:
         saved = TrainConfig(**BEFORE_THE_FLAG | record["train"])
         ode = {name: saved.model_config.get(name) for name in ("solver", "random_steps")}

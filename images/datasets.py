@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from choices import DATASETS
 from images.folder import load_image_folder
+from images.sides import sides
 from runtime.errors import UserError, reason, user_errors
 
 HELD_OUT_STRIDE = 50  # every fiftieth image is held out of a set that has no test split of its own
@@ -27,7 +29,6 @@ DOWNLOADS = {
     "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw/*-ubyte.gz (four files)"),
     "mnist": ("MNIST", "MNIST/raw/*-ubyte.gz (four files)"),
 }
-DATASETS = (*DOWNLOADS, "digits", "folder")
 MIRRORED = ("cifar10", "folder")  # sets whose images keep their meaning in a mirror
 
 
@@ -100,25 +101,6 @@ def load_images(
     if size is not None:
         train, held_out = ((_resize(images, height, width), labels) for images, labels in (train, held_out))
     return ImageData(name, *train, *held_out, tuple(classes), name in MIRRORED, skipped, notes)
-
-
-def sides(image_size: int | str) -> tuple[int, int]:
-    """(height, width) of "HEIGHTxWIDTH" or of one number for both. Raises ValueError unless 4 divides both."""
-    height, cross, width = str(image_size).lower().partition("x")
-    try:
-        both = int(height), int(width if cross else height)
-    except ValueError:
-        both = 0, 0
-    if not all(4 <= side <= 4096 and side % 4 == 0 for side in both):
-        kind = "multiples of 4 from 4 to 4096: one number, or HEIGHTxWIDTH"
-        raise ValueError(f"must be {kind}, got {image_size}")
-    return both
-
-
-def image_size(text: str) -> int | str:
-    """An image size as a config keeps it: a number, or "HEIGHTxWIDTH" if the sides differ. Raises ValueError."""
-    height, width = sides(text)
-    return height if height == width else f"{height}x{width}"
 
 
 def _hold_out(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

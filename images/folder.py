@@ -27,6 +27,7 @@ from images.cache import Decoded
 from images.decode import outcome, strictly
 from images.layout import find_images
 from runtime.errors import RunFailed, UserError, reason
+from runtime.files import check_folder
 from runtime.progress import progress_bar
 
 IN_MEMORY_BYTES = 4 << 30  # larger sets stay in a memory-mapped file
@@ -56,9 +57,8 @@ def load_image_folder(root: Path, height: int, width: int, *, skip_bad_images: b
     skipped: a damaged or foreign file, one without read permission, a dangling link, or one with more pixels than
     Pillow's limit against bombs.
     """
+    check_folder(root, "--data-dir")
     try:
-        if not root.is_dir():
-            raise UserError(f"--data-dir: {root} is not a folder")
         layout = find_images(str(root))
     except OSError as error:
         raise UserError(f"--data-dir: cannot read {error.filename or root}: {reason(error)}") from error

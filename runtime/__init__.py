@@ -2,6 +2,6 @@
 
 In the order to read it: `errors` (the two ways to fail), `command_line` (flags, signals, exit codes), `names` (choosing
 some of a list), `files` (writing whole files or none), `hardware` (device, memory, arithmetic), `processes` (torchrun),
-`progress` (bars, or lines in a log file), `interrupted_import` (before torch is imported: Ctrl-C, closed streams),
+`progress` (bars, or lines in a log file), `interrupted_import` (at the very start: Ctrl-C, closed streams),
 `not_a_package` (what `pip install .` meets).
 """

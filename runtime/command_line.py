@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the run failed; 2 something that the user can mend; 130 in
 
 import argparse
 import contextlib
+import gc
 import math
 import os
 import signal
@@ -172,6 +173,32 @@ def stop_signals() -> Iterator[list[int]]:
 
     with _handled_by(note):
         yield received
+
+
+@contextmanager
+def slow_imports() -> Iterator[None]:
+    """A block that imports torch, for seconds, once the flags are known to be right.
+
+    A stop signal ends the process in the block at once, in one line, since half-imported modules may not be able to end
+    in order. Python does not look for garbage meanwhile, which took an eighth of the time and found none. Nor does it
+    look through what was imported later on: that stays to the end.
+    """
+    first, collecting = "torch" not in sys.modules, gc.isenabled()
+    gc.disable()
+    try:
+        with _handled_by(_leave_at_once):
+            yield
+    finally:
+        if first:
+            gc.freeze()
+        if collecting:
+            gc.enable()
+
+
+def _leave_at_once(number: int, frame) -> None:
+    with contextlib.suppress(OSError):
+        print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def run(prog: str, main: Callable[[], None]) -> None:

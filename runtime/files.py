@@ -79,6 +79,15 @@ def save_figure(path: str | Path, figure, **options) -> None:
         figure.savefig(temporary, format="png", metadata={"Software": PRODUCER}, **options)
 
 
+def check_folder(path: str | Path, flag: str) -> None:
+    """Raise UserError, naming the flag, unless there is such a folder."""
+    try:
+        if not Path(path).is_dir():
+            raise UserError(f"{flag}: {path} is not a folder")
+    except OSError as error:  # no permission to look, or the name is too long
+        raise UserError(f"{flag}: cannot read {path}: {reason(error)}") from error
+
+
 def check_writable(folder: Path, flag: str) -> None:
     """Raise UserError, naming the flag, unless files can be made in `folder`, or `folder` itself can be made."""
     try:
@@ -100,12 +109,11 @@ def make_folder(folder: Path, flag: str) -> None:
 
 
 def output_file(path: str | Path, flag: str, suffix: str) -> Path:
-    """The path of a file to write; its folder is made. Raises UserError, naming the flag, if it cannot be written."""
+    """The path of a file to write. Raises UserError, naming the flag, if it cannot be written."""
     path = Path(path)
     if path.suffix.lower() != suffix:
         raise UserError(f"{flag}: the file's name must end in {suffix}, got {path}")
     check_writable(path.parent, flag)
-    make_folder(path.parent, flag)
     try:
         if path.is_dir():
             raise UserError(f"{flag}: {path} is a folder; name a file in it")

@@ -14,7 +14,6 @@ import torch
 
 from runtime.errors import RunFailed, UserError
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 SAFE_SHARE = 0.9  # of the free memory, which Linux only estimates

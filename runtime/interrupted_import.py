@@ -1,8 +1,8 @@
-"""Imported first by every command: Ctrl-C while torch is imported, and standard streams that the caller has closed.
+"""Imported first by every command: Ctrl-C while modules are imported, and standard streams that the caller has closed.
 
-That import takes seconds; interrupted, it should end the command in one line and not in a traceback. From
-`command_line.run` on, the command handles stop signals itself. A closed stream (`>&-`) is opened as one to nowhere:
-the next file that the command opens would take its number, and receive what is printed.
+Interrupted, the command should end in one line and not in a traceback. From `command_line.run` on it handles stop
+signals itself, also while it imports torch (`command_line.slow_imports`). A closed stream (`>&-`) is opened as one to
+nowhere: the next file that the command opens would take its number, and receive what is printed.
 """
 
 import contextlib

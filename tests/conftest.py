@@ -134,9 +134,8 @@ def _answer(pipe, function: Callable, *arguments) -> None:
 
 def _fork_context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["conftest", "train", "sample", "compare", "sklearn.datasets", "matplotlib.figure", "torch._dynamo"]
-    )
+    ours = ["conftest", "lab.drawing", "lab.comparison.procedure"]
+    context.set_forkserver_preload([*ours, "sklearn.datasets", "matplotlib.figure", "torch._dynamo"])
     return context
 
 

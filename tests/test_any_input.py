@@ -16,9 +16,12 @@ from PIL import Image
 
 import sample
 import train
-from images.datasets import DATASETS, load_images
+import training.loop
+from choices import DATASETS, MODELS
+from images.datasets import load_images
 from images.decode import readable_suffixes
-from models import MODELS, build_model
+from lab import drawing
+from models import build_model
 from runtime.errors import UserError
 from training import checkpoint
 from training.checkpoint import load_model, read_model, read_resume, save_model, save_run
@@ -102,7 +105,7 @@ def check_command(module, words: list[str]) -> None:
 
 @given(words=arguments(train))
 def test_any_command_line_of_train_is_taken_or_refused(words):
-    with mock.patch.object(train, "train", lambda *_, **__: Path("runs/00000-true-digits")):
+    with mock.patch.object(training.loop, "train", lambda *_, **__: Path("runs/00000-true-digits")):
         check_command(train, words)
 
 
@@ -113,7 +116,7 @@ def test_any_command_line_of_sample_is_taken_or_refused(words):
         return images, [images]
 
     # single images are not written: a folder may be anywhere
-    with mock.patch.multiple(sample, draw=draw, save_folder=mock.DEFAULT, save_npz=mock.DEFAULT):
+    with mock.patch.multiple(drawing, draw=draw, save_folder=mock.DEFAULT, save_npz=mock.DEFAULT):
         check_command(sample, words)
 
 

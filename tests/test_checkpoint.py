@@ -163,9 +163,9 @@ def test_reading_a_model_needs_neither_the_project_nor_torch(model_file):
     assert out.stdout.strip() == "true ['a', 'b']"
 
 
-def test_a_file_to_be_written_has_its_folder_made_and_is_refused_by_its_flag(tmp_path):
+def test_a_file_to_be_written_is_refused_by_its_flag_if_it_cannot_be(tmp_path):
     wanted = tmp_path / "new" / "grid.PNG"
-    assert output_file(str(wanted), "--output", ".png") == wanted and wanted.parent.is_dir()
+    assert output_file(str(wanted), "--output", ".png") == wanted and not wanted.parent.exists()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").touch()
     refused = {

@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-import sample
+from lab.drawing import chosen_labels
 from runtime.errors import UserError
 from runtime.names import chosen
 
@@ -69,7 +69,7 @@ def test_what_is_no_class_is_refused_and_a_long_list_is_not_printed(text):
 
 
 def test_the_flag_is_named_and_only_the_model_s_classes_are_chosen():
-    assert sample.chosen_labels("b,0", ["a", "b"], 2, 5).tolist() == [1, 0, 1, 0, 1]
-    assert sample.chosen_labels(None, ["a", "b"], 2, 3).tolist() == [0, 1, 0]
+    assert chosen_labels("b,0", ["a", "b"], 2, 5).tolist() == [1, 0, 1, 0, 1]
+    assert chosen_labels(None, ["a", "b"], 2, 3).tolist() == [0, 1, 0]
     with pytest.raises(UserError, match="--classes: no class 'c'"):
-        sample.chosen_labels("c", ["a", "b"], 2, 1)
+        chosen_labels("c", ["a", "b"], 2, 1)

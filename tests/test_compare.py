@@ -17,12 +17,13 @@ from conftest import ForkedCommand, call, refused, run_forked, start_command, wa
 
 import compare
 import training.loop
+from choices import ARMS
 from images.batches import BANK_SIZE, held_out_bank
 from lab import speed
-from lab.comparison import jobs
+from lab.comparison import jobs, procedure
 from lab.comparison.experiment import Experiment, Training
 from lab.comparison.verdict import Cost, Result
-from models import ARMS, build_model, multiply_adds
+from models import build_model, multiply_adds
 from training import run_log
 from training.checkpoint import read_model, read_resume
 from training.run_folder import read_config
@@ -42,8 +43,8 @@ def compared(folder, *options, bank=50, pictures=False) -> list[dict[str, str]]:
         patches.enter_context(mock.patch.object(speed, "SECONDS", 0.01))
         patches.enter_context(mock.patch.object(run_log, "save_loss_curves"))  # a training run's own plot
         patches.enter_context(mock.patch.object(held_out_bank, "__defaults__", (bank,)))
-        for picture in () if pictures else ("compare.save_curves", "compare.save_labelled_rows"):
-            patches.enter_context(mock.patch(picture))
+        for picture in () if pictures else ("save_curves", "save_labelled_rows"):
+            patches.enter_context(mock.patch.object(procedure, picture))
         code, _, err = call(compare, *TINY, "--output-dir", folder, *options)
     assert code == 0, err
     return table(folder / "comparison.csv")
@@ -238,12 +239,12 @@ def test_a_sweep_that_is_mostly_warm_up_is_said_to_be(tmp_path, capsys):
     settings = compare.parser().parse_args(list(map(str, [*options, "--sweep-share", 0.05])))
     comparison = Experiment(settings, None, tmp_path, {})
     assert comparison.steps("unet:38k", 0.05) == 1000  # of which 200 are warm-up
-    compare.warn_of_short_sweeps(comparison, ["unet:38k"])
+    procedure.warn_of_short_sweeps(comparison, ["unet:38k"])
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "--sweep-share" in said and "unet:38k" in said and "true" not in said
     for share in (0.1, 1):  # 2000 steps; and the whole, which is no shorter than itself
         settings.sweep_share = share
-        compare.warn_of_short_sweeps(comparison, ["unet:38k"])
+        procedure.warn_of_short_sweeps(comparison, ["unet:38k"])
     assert capsys.readouterr().out == ""
 
 
@@ -280,8 +281,8 @@ def test_a_budget_of_multiply_adds_holds_within_a_hundredth(tmp_path):
 def test_a_budget_of_seconds_is_images_at_the_speed_measured_before(tmp_path, monkeypatch):
     """What an arm costs is counted once; counted at every step, it doubled the time of a comparison."""
     counted = []
-    monkeypatch.setattr(compare, "multiply_adds", lambda *a: (counted.append(a), multiply_adds(*a))[1])
-    monkeypatch.setattr(compare, "training_rates", lambda configs, *_: dict(zip(configs, (40.0, 100.5), strict=True)))
+    monkeypatch.setattr(procedure, "multiply_adds", lambda *a: (counted.append(a), multiply_adds(*a))[1])
+    monkeypatch.setattr(procedure, "training_rates", lambda configs, *_: dict(zip(configs, (40.0, 100.5), strict=True)))
     options = ["--seeds", 1, "--lrs", 4e-3, "--budget", "seconds", "--amount", 2, "--reference", "inspired"]
     rows = compared(tmp_path, "--arms", "inspired", "true:pooled", *options)
     assert len(counted) == 2
@@ -304,10 +305,10 @@ def test_a_budget_of_seconds_is_images_at_the_speed_measured_before(tmp_path, mo
 
 def test_other_budgets_take_all_seconds_from_the_machine_that_measured_last(tmp_path, monkeypatch):
     options = ["--seeds", 1, "--lrs", 4e-3, "--amount", 80]
-    monkeypatch.setattr(compare, "training_rates", lambda configs, *_: dict.fromkeys(configs, 10.0))
+    monkeypatch.setattr(procedure, "training_rates", lambda configs, *_: dict.fromkeys(configs, 10.0))
     assert compared(tmp_path, "--arms", "true:pooled", *options)[0]["seconds"] == "8.0"
-    monkeypatch.setattr(compare, "training_rates", lambda configs, *_: dict.fromkeys(configs, 20.0))
-    monkeypatch.setattr(compare, "machine_name", lambda _: "an abacus")
+    monkeypatch.setattr(procedure, "training_rates", lambda configs, *_: dict.fromkeys(configs, 20.0))
+    monkeypatch.setattr(procedure, "machine_name", lambda _: "an abacus")
     assert compared(tmp_path, "--arms", "true:pooled", *options)[0]["seconds"] == "8.0"
     rows = compared(tmp_path, "--arms", "true:pooled", "inspired", *options)
     assert {row["seconds"] for row in rows} == {"4.0"}

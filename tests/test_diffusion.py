@@ -9,7 +9,8 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers import DDPMScheduler as DiffusersDDPMScheduler
 
-from diffusion import PREDICTION_TYPES, DDPMScheduler, ddim, ddpm, denoiser, dpmpp, image_noise
+from choices import PREDICTION_TYPES
+from diffusion import DDPMScheduler, ddim, ddpm, denoiser, dpmpp, image_noise
 from images.batches import to_float
 from images.datasets import load_images
 from training.checkpoint import load_model

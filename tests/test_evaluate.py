@@ -15,7 +15,7 @@ import evaluate
 from diffusion import sample_images
 from images.batches import held_out_bank, to_float
 from images.datasets import load_images
-from lab.evaluation import inception, measures
+from lab.evaluation import inception, measures, procedure
 from lab.evaluation.likelihood import variational_bound
 from lab.evaluation.neighbours import nearest
 from lab.evaluation.sliced_wasserstein import sliced_wasserstein
@@ -214,7 +214,7 @@ def test_images_smaller_than_a_patch_are_null_with_the_reason():
 
 
 def test_a_measured_fid_is_labelled(short_digits_run, stand_in, small_bank, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "inception_weights", lambda: tmp_path / "weights.pth")
+    monkeypatch.setattr(procedure, "inception_weights", lambda: tmp_path / "weights.pth")
     report, out = measured("--checkpoint", short_digits_run, "--fid", "--bound-images", 2, output=tmp_path / "a.json")
     model, scheduler, config = load_model(short_digits_run)
     samples = ((sample_images(model, scheduler, config["shape"], 20, steps=3) + 1) * 127.5).round().byte()

@@ -1,5 +1,6 @@
 """`evaluate.py` at fault: each refusal and failure is one line, and no file is left half-written."""
 
+import importlib.util
 import os
 
 import pytest
@@ -9,14 +10,14 @@ from PIL import Image
 
 import evaluate
 from images.batches import held_out_bank
-from lab.evaluation import inception, measures
+from lab.evaluation import measures, procedure
 from training.checkpoint import read_model, save_model
 
 QUICK = ["--bound-images", 2]  # what is measured before the fault
 
 
 def test_fid_without_the_library_is_refused_before_anything_else(monkeypatch):
-    monkeypatch.setattr(inception.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, out, err = call(evaluate, "--checkpoint", "missing", "--fid")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "--fid" in err and "requirements-compare.txt" in err
@@ -47,12 +48,12 @@ BAD_VALUES = [
 
 @pytest.mark.parametrize("flag, value", BAD_VALUES)
 def test_a_bad_value_is_refused_by_its_flag_before_data_are_read(flag, value, short_digits_run, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_images", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr(procedure, "load_images", lambda *_, **__: pytest.fail("data were read"))
     assert flag in line_of_refusal("--checkpoint", short_digits_run, flag, value)
 
 
 def test_outputs_that_cannot_be_are_refused_before_data_are_read(short_digits_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_images", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr(procedure, "load_images", lambda *_, **__: pytest.fail("data were read"))
     (tmp_path / "file").write_text("kept")
     (tmp_path / "folder.json").mkdir()
     for path in (tmp_path / "folder.json", tmp_path / "file" / "a.json"):
@@ -136,6 +137,6 @@ def test_out_of_memory_names_a_batch_size_to_try(short_digits_run, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(evaluate, "evaluate", full)
+    monkeypatch.setattr(procedure, "evaluate", full)
     code, _, err = call(evaluate, "--checkpoint", short_digits_run, *FEW_DRAWN, "--batch-size", 12)
     assert (code, err) == (1, "evaluate.py: failed: out of memory; try --batch-size 6\n")

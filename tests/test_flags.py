@@ -12,6 +12,7 @@ import compare
 import evaluate
 import sample
 import train
+from lab.comparison.experiment import arm_config
 from runtime.command_line import file_or_folder, integer, number
 from runtime.errors import UserError
 from runtime.files import check_distinct
@@ -71,7 +72,7 @@ def test_a_budget_of_more_steps_than_a_run_can_have_is_refused(tmp_path, monkeyp
     options = ["--arms", "inspired", "--reference", "inspired", "--dataset", "digits", "--output-dir", tmp_path]
     code, _, err = call(compare, *options, "--amount", 1e15, "--device", "cpu")
     assert code == 2 and "--amount: 1e+15 images are " in err and "steps of inspired" in err
-    code, _, err = call(compare, *options, "--jobs", 200, "--device", "cpu")
+    code, _, err = call(compare, *options, "--jobs", 200, "--amount", 1e15, "--device", "cpu")
     assert code == 2 and "--jobs" in err
 
 
@@ -150,7 +151,7 @@ def test_bad_images_are_skipped_by_the_flag_in_every_command_that_reads_images(w
     code, _, err = call(evaluate, "--checkpoint", *measuring)  # as the run was trained
     assert code == 0, err
     settings = compare.parser().parse_args(list(map(str, [*comparison, "--skip-bad-images"])))
-    assert compare.arm_config(settings, "true").skip_bad_images
+    assert arm_config(settings, "true").skip_bad_images
 
 
 def test_no_other_data_set_is_advised_to_measure_a_model_of_cifar10(whole_run, tmp_path, monkeypatch):

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from baselines import ABLATIONS, FixedTauLiquid, PooledLiquid, UntiedLiquid
+from choices import ARMS
 from liquid_diffusion import TrueLiquidDiffusionModel
-from models import ARMS, build_model, count_parameters, multiply_adds
+from models import build_model, count_parameters, multiply_adds
 
 
 def outputs_of(model, x, t=5):

@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import conv2d, interpolate
 from torchdiffeq import odeint
 
-from liquid_diffusion import SOLVERS, STEP_FRACTION, TAU_RANGE, RealLiquidCell, TrueLiquidDiffusionModel, upsample
+from choices import SOLVERS
+from liquid_diffusion import STEP_FRACTION, TAU_RANGE, RealLiquidCell, TrueLiquidDiffusionModel, upsample
 from models import count_parameters
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from choices import ARMS, MODELS
 from kernels.native import plain_torch
-from models import ARMS, MODELS, build_model, complete_config, count_parameters, multiply_adds
+from models import build_model, complete_config, count_parameters, multiply_adds
 from runtime.errors import UserError
 from training.checkpoint import load_model, save_model
 

@@ -9,11 +9,12 @@ from conftest import call, trained
 from PIL import Image
 
 import evaluate
+from choices import SOLVERS
 from diffusion import DDPMScheduler
 from images.batches import held_out_bank
 from images.datasets import load_images
 from lab.evaluation.ode_work import num_points, ode_work, save_ode_work
-from liquid_diffusion import SOLVERS, TrueLiquidDiffusionModel
+from liquid_diffusion import TrueLiquidDiffusionModel
 from models import multiply_adds
 from training.validation import held_out_loss
 

@@ -13,8 +13,8 @@ from conftest import call, refused, run_forked, short_run
 from PIL import Image
 
 import sample
-from diffusion import SAMPLERS, sample_images
-from liquid_diffusion import SOLVERS
+from choices import SAMPLERS, SOLVERS
+from diffusion import sample_images
 from training.checkpoint import load_model, read_model, save_model
 
 FEW_TIMESTEPS = ["--timesteps", 8]

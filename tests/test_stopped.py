@@ -154,9 +154,9 @@ def test_a_second_signal_stops_at_once_and_leaves_whole_files(tmp_path):
     assert not temporary_files(run)
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py"])
-def test_ctrl_c_while_torch_is_imported_ends_in_one_line(script):
-    process = start_command(script, "--help")
+@pytest.mark.parametrize("command", [["train.py", "--dry-run"], ["sample.py", "--steps", 1]])
+def test_ctrl_c_while_torch_is_imported_ends_in_one_line(command, tmp_path):
+    process = start_command(*command, cwd=tmp_path)
     wait_for(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), process)
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=60)

@@ -6,28 +6,37 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
+
+import baselines
+import choices
+import liquid_diffusion
+import models
+from images import datasets
+from lab.benchmark import sections
 
 COMMANDS = ("train", "sample", "evaluate", "compare", "benchmark")
 NETWORKS = {"liquid_diffusion", "liquid_diffusion_inspired", "baselines", "diffusion", "models"}
 
 # part -> the parts that it may import besides itself; each module in the root is a part of its own
 MAY_IMPORT = {
+    "choices": set(),
     "runtime": set(),
     "kernels": {"runtime"},
-    "liquid_diffusion": {"diffusion", "kernels"},
+    "liquid_diffusion": {"choices", "diffusion", "kernels"},
     "liquid_diffusion_inspired": {"diffusion", "kernels", "liquid_diffusion"},
     "baselines": {"diffusion", "kernels", "liquid_diffusion"},
-    "diffusion": set(),
+    "diffusion": {"choices"},
     "models": {"kernels", "liquid_diffusion", "liquid_diffusion_inspired", "baselines", "diffusion"},
-    "images": {"runtime"},
-    "training": {"images", "kernels", "runtime", *NETWORKS},
-    "lab": {"training", "images", "kernels", "runtime", *NETWORKS},
-    "train": {"training", "images", "runtime", *NETWORKS},
-    "sample": {"lab", "training", "images", "runtime", *NETWORKS},
-    "evaluate": {"lab", "training", "images", "runtime", *NETWORKS},
-    "compare": {"lab", "training", "images", "runtime", *NETWORKS},
-    "benchmark": {"lab", "training", "images", "runtime", *NETWORKS},
+    "images": {"choices", "runtime"},
+    "training": {"choices", "images", "kernels", "runtime", *NETWORKS},
+    "lab": {"choices", "training", "images", "kernels", "runtime", *NETWORKS},
+    "train": {"choices", "training", "images", "runtime", "models"},
+    "sample": {"choices", "lab", "training", "runtime"},
+    "evaluate": {"choices", "lab", "training", "runtime"},
+    "compare": {"choices", "lab", "training", "images", "runtime"},
+    "benchmark": {"choices", "lab", "runtime"},
 }
 
 
@@ -75,8 +84,59 @@ def test_the_root_has_at_most_twelve_modules_and_each_folder_says_what_lives_in_
             assert all(f"`{name}`" in docstring.value.value for name in names), path
 
 
-def test_a_command_starts_without_what_takes_seconds_to_import_and_few_runs_need():
-    slow = {"torch._dynamo", "torchvision", "matplotlib", "diffusers", "sklearn", "scipy.stats", "torchdiffeq", "ncps"}
-    code = f"import {', '.join(COMMANDS)}, sys; print(*sys.modules)"
+def imported_by(code: str) -> set[str]:
+    """The modules that a fresh interpreter has after running this code."""
+    code = f"{code}; import sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not slow & set(done.stdout.split())
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_a_command_knows_its_flags_without_torch():
+    """`--help` and mistyped flags are answered at once; the import of torch takes seconds."""
+    slow = {"torch", "numpy", "PIL", "tqdm", "scipy"}
+    for command in COMMANDS:
+        assert not slow & imported_by(f"import {command}; {command}.parser().format_help()"), command
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("train", ["--help"]),
+        ("sample", ["--help"]),
+        ("evaluate", ["--help"]),
+        ("compare", ["--help"]),
+        ("benchmark", ["--help"]),
+        ("train", ["--lr", "5"]),
+        ("train", ["--init", "nowhere"]),
+        ("train", ["--resume", "nowhere"]),
+        ("train", ["--dataset", "folder", "--data-dir", "nowhere"]),
+        ("sample", ["--no-such-flag"]),
+        ("sample", ["--checkpoint", "nowhere"]),
+        ("sample", ["--output", "grid.jpg"]),
+        ("sample", ["--gif", "grid.png"]),
+        ("evaluate", ["--checkpoint", "nowhere"]),
+        ("compare", ["--dataset", "folder", "--data-dir", "nowhere"]),
+        ("benchmark", ["--image-size", "9"]),
+    ],
+)
+def test_help_and_what_is_wrong_with_the_flags_are_said_before_torch_is_imported(command, words):
+    code = f"import runpy, sys\nsys.argv = {[f'{command}.py', *words]}\n"
+    code += f"try: runpy.run_path('{command}.py', run_name='__main__')\n"
+    code += "except SystemExit as left: print(); print(left.code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{0 if words == ['--help'] else 2} False", done.stderr
+
+
+def test_what_the_flags_offer_is_what_there_is():
+    assert tuple(name for name in models.NETWORKS if ":" not in name) == choices.MODELS
+    assert tuple(baselines.ABLATIONS) == choices.ABLATIONS
+    assert tuple(liquid_diffusion.STEP_FRACTION) == choices.STEP_SOLVERS
+    assert set(choices.DATASETS) == {*datasets.DOWNLOADS, "digits", "folder"}
+    assert tuple(sections.SECTIONS) == choices.SECTIONS
+
+
+def test_a_command_starts_without_what_takes_long_to_import_and_few_runs_need():
+    slow = {"torch._dynamo", "torchvision", "matplotlib", "diffusers", "sklearn", "scipy.stats", "torchdiffeq", "ncps"}
+    slow |= {"triton", "sympy"}
+    for work in ("lab.drawing", "training.loop", "lab.comparison.procedure", "lab.benchmark.procedure"):
+        assert not slow & imported_by(f"import {work}"), work

@@ -22,7 +22,7 @@ from diffusion import DDPMScheduler, Denoiser
 from models import build_model
 from runtime.errors import UserError, reason
 from runtime.files import atomic_path
-from training.run_folder import CONFIG_FILE, MODEL_FILE, RESUME_FILE, instead_of
+from training.run_folder import MODEL_FILE, RESUME_FILE, instead_of, weights_file
 
 FORMAT = "liquid-diffusion"
 FORMAT_VERSION = 3
@@ -72,16 +72,8 @@ def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises UserError, naming the file, if it is missing, damaged, of another program or of an unknown format version.
     """
-    named = path = Path(path)
-    try:
-        path = path / MODEL_FILE if path.is_dir() else path
-        path.stat()
-    except OSError as error:
-        nothing = "nothing was saved yet" if (named / CONFIG_FILE).is_file() else "name a run folder or its weights"
-        raise UserError(f"{path}: {reason(error)}; {instead_of(named) or nothing}") from error
+    path = weights_file(path)
     advice = f"; {instead_of(path)}" if instead_of(path) else ""
-    if path.name == RESUME_FILE:
-        raise UserError(f"{path}: holds what training needs to go on{advice or f'; name the {MODEL_FILE} of its run'}")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

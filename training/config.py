@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PRECISIONS = ("auto", "fp32", "bf16")
-COMPILE = ("auto", "on", "off")
 BEFORE_THE_FLAG = {"optimizer": "adamw"}  # a record without an optimizer is from the time when all used AdamW
 
 

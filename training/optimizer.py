@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from choices import OPTIMIZERS
 from kernels.cuda_graph import RecordedFunction
 
-OPTIMIZERS = ("adamw", "muon")
 BETAS = (0.9, 0.99)  # of AdamW
 MOMENTUM = 0.95  # of Muon
 WEIGHT_DECAY = 0.01

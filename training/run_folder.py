@@ -102,6 +102,24 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
+def weights_file(path: str | Path) -> Path:
+    """The `model.safetensors` that is meant by a path: itself, or the one in a run folder.
+
+    Raises UserError, which says what to name instead, if there is no such file.
+    """
+    named = path = Path(path)
+    try:
+        path = path / MODEL_FILE if path.is_dir() else path
+        path.stat()
+    except OSError as error:
+        nothing = "nothing was saved yet" if (named / CONFIG_FILE).is_file() else "name a run folder or its weights"
+        raise UserError(f"{path}: {reason(error)}; {instead_of(named) or nothing}") from error
+    if path.name == RESUME_FILE:
+        advice = instead_of(path) or f"name the {MODEL_FILE} of its run"
+        raise UserError(f"{path}: holds what training needs to go on; {advice}")
+    return path
+
+
 def instead_of(path: Path) -> str:
     """What to name instead of a path that is no run and no weights; empty if none are near."""
     try:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from choices import ARMS
 from diffusion import DDPMScheduler, sample_images
 from kernels.compilation import compiled, is_compiler_failure
 from lab.benchmark import convolutions, peers
 from lab.benchmark.processes import one_against_two, peak_memory, sampling_command, synthetic_images
 from lab.speed import in_turn, train_step
 from liquid_diffusion import TrueLiquidDiffusionModel
-from models import ARMS, build_model, count_parameters, multiply_adds
+from models import build_model, count_parameters, multiply_adds
 from runtime.errors import reason
 from runtime.hardware import has_bf16, is_out_of_memory
 from training.config import TrainConfig
@@ -282,4 +283,3 @@ SECTIONS: dict[str, Callable[[Bench], dict]] = {
     "processes": measure_processes,
     "start": measure_start,
 }
-NEED_TRAIN = {"floor", "growth", "processes"}  # they use the fastest variants that `train` has found

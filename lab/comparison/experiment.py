@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from choices import ARMS
 from images.datasets import ImageData
 from lab.comparison.verdict import Cost, Point, Result
-from models import ARMS
 from runtime.errors import RunFailed, UserError
 from training.config import TrainConfig
 from training.loop import train

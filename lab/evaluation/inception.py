@@ -8,7 +8,6 @@ figures = inception_distances(samples, data.train, weights, device=device)
 """
 
 import hashlib
-import importlib.util
 import socket
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from runtime.errors import UserError, reason
+from runtime.errors import reason
 from runtime.progress import progress_bar
 
 TIMEOUT = 10  # seconds to wait for the host's answer
@@ -26,12 +25,6 @@ KID_SUBSET = 1000
 
 class MissingWeights(Exception):
     """The weights of the Inception network are not available; the message says why, in one line."""
-
-
-def require_torch_fidelity() -> None:
-    """Raise UserError if torch-fidelity is not installed."""
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise UserError("--fid: needs torch-fidelity; pip install -r requirements-compare.txt")
 
 
 def inception_weights() -> Path:

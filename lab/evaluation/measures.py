@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from choices import SHOWN
 from diffusion import DDPMScheduler, Denoiser, carries_state, sample_images
 from images.batches import Batch, held_out_bank, to_float
 from images.datasets import ImageData
@@ -31,7 +32,6 @@ from runtime.progress import progress_bar
 from training.validation import held_out_loss
 
 BINS = 10
-SHOWN = 16  # samples that are shown with their nearest training images, and pictures per row
 HELD_OUT_QUERIES = 256  # held-out images, whose distances from the training images those of samples are compared with
 
 Report = dict[str, Any]

@@ -12,10 +12,11 @@ from pathlib import Path
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from choices import SOLVERS
 from diffusion import DDPMScheduler
 from images.batches import Batch
 from kernels.native import plain_torch
-from liquid_diffusion import ODEINT_SOLVERS, STEP_FRACTION, TrueLiquidDiffusionModel, scaled_steps
+from liquid_diffusion import TrueLiquidDiffusionModel, scaled_steps
 from runtime.files import save_figure
 from training.validation import held_out_loss
 
@@ -40,7 +41,7 @@ def ways(steps: Sequence[int]) -> list[tuple[str, list[int]]]:
     """Every solver with every multiple of the trained steps; the adaptive one, which chooses its own, only once."""
     return [
         (solver, scaled_steps(steps, multiple))
-        for solver in (*STEP_FRACTION, *ODEINT_SOLVERS)
+        for solver in SOLVERS
         for multiple in ((1,) if solver == ADAPTIVE else MULTIPLES)
     ]
 

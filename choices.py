@@ -1,0 +1,60 @@
+"""What the flags of the commands offer, by name; only here is it listed.
+
+Nothing here imports torch, whose import takes seconds: `--help` and a mistyped flag are answered before it.
+"""
+
+from typing import Any
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DATASETS = ("cifar10", "fashion-mnist", "mnist", "digits", "folder")
+
+# how a run computes and learns
+PRECISIONS = ("auto", "fp32", "bf16")
+COMPILE = ("auto", "on", "off")
+OPTIMIZERS = ("adamw", "muon")
+
+# the diffusion process
+SCHEDULES = ("linear", "cosine")
+PREDICTION_TYPES = ("eps", "v", "edm")
+SAMPLERS = ("ddpm", "ddim", "dpmpp")
+
+# the liquid model's ODE
+STEP_SOLVERS = ("euler", "semi-implicit", "exponential")
+ODEINT_SOLVERS = ("midpoint", "rk4", "dopri5")  # torchdiffeq's solvers on the same cell, meant for sampling
+SOLVERS = (*STEP_SOLVERS, *ODEINT_SOLVERS)
+
+# the networks
+MODELS = ("true", "inspired", "unet")
+
+# The shape of each U-Net that the liquid is compared with. From 600k up it is DDPM's own (Ho et al. 2020, appendix B)
+# with fewer channels: c, 2c, 2c, 2c, two residual blocks per level, attention on the second level and in the middle.
+# Below 600k it is the best of those that were tried (LOG.md).
+DDPM_SHAPE = {"layers_per_block": 2, "mid_block": True, "attention_level": 1}
+LADDER = {
+    "38k": {},
+    "38k-flat": {"channels": (16,), "layers_per_block": 2, "time_embedding_dim": 32},
+    "150k": {"channels": (24, 24), "mid_block": True},
+    "600k": {"channels": (16, 32, 32, 36), **DDPM_SHAPE},
+    "2.4m": {"channels": (32, 64, 64, 72), **DDPM_SHAPE},
+    "4m": {"channels": (44, 88, 88, 88), **DDPM_SHAPE},
+    "35.7m": {"channels": (128, 256, 256, 256), **DDPM_SHAPE},
+}
+# the liquid with one thing changed
+ABLATIONS = ("pooled", "tau=fixed", "untied", "memory")
+
+# the arms that compare.py knows: name -> (model, its config)
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "true": ("true", {}),
+    "inspired": ("inspired", {}),
+    **{f"unet:{rung}": ("unet", shape) for rung, shape in LADDER.items()},
+    "true:steps=1": ("true", {"ode_steps": (1, 1, 1)}),
+    "true:steps=random": ("true", {"random_steps": True}),
+    "true:solver=exponential": ("true", {"solver": "exponential"}),
+    **{f"true:{name}": (f"true:{name}", {}) for name in ABLATIONS},
+}
+
+SHOWN = 16  # samples that evaluate.py shows with their nearest training images, and the fewest that it draws
+
+# what benchmark.py measures
+SECTIONS = ("train", "sampling", "peers", "floor", "growth", "memory", "processes", "start")
+NEED_TRAIN = {"floor", "growth", "processes"}  # they use the fastest variants that `train` has found
