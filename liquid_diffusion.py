@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from choices import ODEINT_SOLVERS, SOLVERS
 from diffusion import Denoiser
-from kernels import liquid_kernel
+from kernels import cell_input, liquid_kernel
 from kernels.convolution import Conv3x3
 
 # One step of size a = dt / tau moves the state by the fraction g(a) of its way to f: h <- h + g(a) (f - h).
@@ -82,8 +82,8 @@ class InputConv(nn.Module):
             self.depthwise.weight[:, :, 1, 1] += 1  # start near the identity
 
     def forward(self, x: Tensor) -> Tensor:
-        if liquid_kernel.fits_input(x):
-            return liquid_kernel.input_conv(x, self.depthwise, self.pointwise, self.norm.eps)
+        if cell_input.fits(x):
+            return cell_input.input_conv(x, self.depthwise, self.pointwise, self.norm.eps)
         return self.pointwise(self.depthwise(self.norm(x)))
 
 

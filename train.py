@@ -75,7 +75,8 @@ def parser() -> Parser:
     add("--seed", type=integer(0, 10**12, "larger ones give nothing new"),
         help="seed of the weights, the batches and the noise")
     add("--device", choices=DEVICES, help="auto: cuda if there is one, else mps, else cpu")
-    add("--precision", choices=PRECISIONS, help="auto: bf16 on GPUs and processors with a matrix unit for it (AMX), else fp32")
+    add("--precision", choices=PRECISIONS,
+        help="auto: bf16 on a GPU, and on a processor with a matrix unit for it (AMX); else fp32")
     add("--compile", nargs="?", choices=COMPILE, const="on",
         help="torch.compile, on a GPU with CUDA graphs; auto: compile long runs, if there is a compiler")
     add("--log-every", type=every, help="steps between two lines of metrics.csv")

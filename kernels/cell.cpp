@@ -365,8 +365,8 @@ bool cell_backward(int threads, int images, int channels, int height, int width,
                 for (int k = steps - 1; k >= 0; k--) {
                     const bool still = k == 0 && !h;  // W_rec * 0 = 0
                     if (busy)
-                        step_gradient(g, band, exchanged, state(k), z_of(k), share[mine], k == steps - 1, of_next, of_now,
-                                      of_drive[mine], of_share[mine], still ? nullptr : points[me], own[me]);
+                        step_gradient(g, band, exchanged, state(k), z_of(k), share[mine], k == steps - 1, of_next,
+                                      of_now, of_drive[mine], of_share[mine], still ? nullptr : points[me], own[me]);
                     team.wait();
                     std::swap(of_now, of_next);
                     if (!busy || team.size == 1) continue;

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.native import FP32, call, empty_pixels, pixels, ready
+from kernels.native import FP32, call, differentiable, empty_pixels, operator, pixels, ready
 
 
 class Conv3x3(nn.Conv2d):
@@ -42,7 +42,11 @@ def pays(layer: nn.Conv2d, x: Tensor) -> bool:
     return possible and layer.in_channels >= 8 and x.shape[0] * x.shape[2] * x.shape[3] >= layer.in_channels
 
 
-@torch.library.custom_op("liquid::convolution", mutates_args=(), device_types="cpu")
+def _result(x, weight, bias):
+    return empty_pixels((len(x), len(weight), *x.shape[2:]), x)
+
+
+@operator("convolution(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _result)
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     result = _result(x, weight, bias)
     numbers = (len(x), x.shape[1], len(weight), *x.shape[2:], False)
@@ -50,12 +54,13 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-@_convolution.register_fake
-def _result(x, weight, bias):
-    return empty_pixels((len(x), len(weight), *x.shape[2:]), x)
+def _gradients(gradient, x, weight, of_input):
+    return empty_pixels(x.shape, x) if of_input else x.new_empty(0), weight.new_empty(weight.shape)
 
 
-@torch.library.custom_op("liquid::convolution_backward", mutates_args=(), device_types="cpu")
+@operator(
+    "convolution_backward(Tensor gradient, Tensor x, Tensor weight, bool of_input) -> (Tensor, Tensor)", _gradients
+)
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, of_input: bool) -> tuple[Tensor, Tensor]:
     """The gradients of x (empty unless `of_input`) and of the weight."""
     of_x, of_weight = _gradients(gradient, x, weight, of_input)
@@ -68,11 +73,6 @@ def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, of_input:
     return of_x, of_weight
 
 
-@_convolution_backward.register_fake
-def _gradients(gradient, x, weight, of_input):
-    return empty_pixels(x.shape, x) if of_input else x.new_empty(0), weight.new_empty(weight.shape)
-
-
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
 
@@ -83,4 +83,4 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | No
     return of_x if of_input else None, of_weight, gradient.sum((0, 2, 3)) if of_bias else None
 
 
-_convolution.register_autograd(_backward, setup_context=_keep)
+differentiable("convolution", _keep, _backward)

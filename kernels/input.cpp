@@ -153,11 +153,11 @@ bool input_forward(int threads, int images, int inputs, int outputs, int height,
                 const int image = unit / blocks, y = unit % blocks * ROWS, count = std::min(ROWS, height - y);
                 normalised(g, x + image * g.pixels() * inputs, means + 2 * image, y - 1, count + 2, n[me]);
                 depthwise(g, layers.taps, layers.tap_bias, 1, n[me], count, d[me]);
-                product(count * width, inputs, g.columns(), d[me], g.in(), layers.points, f[me], g.out());
-                for (int p = 0; p < count * width; p++)
-                    for (int c = 0; c < g.out(); c += LANES) add(f[me] + p * g.out() + c, load(layers.point_bias + c));
-                unpack_pixels(count * width, outputs, f[me], g.out(),
-                              features + (image * g.pixels() + y * width) * outputs);
+                float* to = features + (image * g.pixels() + y * width) * outputs;
+                float* wide = outputs == g.out() ? to : f[me];
+                product(count * width, inputs, g.columns(), d[me], g.in(), layers.points, wide, g.out(),
+                        layers.point_bias);
+                if (wide != to) unpack_pixels(count * width, outputs, wide, g.out(), to);
             }
         }
     });

@@ -12,7 +12,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +43,8 @@ FP32 = Library("fp32", ("products.cpp", "cell.cpp", "convolution.cpp", "input.cp
 AMX = Library(
     "amx", ("amx_cell.cpp",), needs=frozenset({"amx_tile", "amx_bf16", "avx512bw", "avx512dq", "avx512_bf16"})
 )
+
+OPERATORS = torch.library.Library("liquid", "DEF")
 
 _by_torch = False
 
@@ -132,6 +134,28 @@ def _argument(value: int | float | Tensor | Sequence[Tensor | None] | None):
     if isinstance(value, list):
         return (ctypes.c_void_p * len(value))(*(None if x is None else x.data_ptr() for x in value))
     return ctypes.c_float(value) if isinstance(value, float) else value
+
+
+def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Make a function of CPU tensors an operator of torch, torch.ops.liquid.NAME, into which torch.compile does not look.
+
+    fake: returns results of the same shapes and formats, with nothing in them. Unlike `torch.library.custom_op` this
+    does not import the compiler, which takes seconds.
+    """
+    name = schema.split("(")[0]
+    OPERATORS.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"liquid::{name}", fake, lib=OPERATORS)
+
+    def register(function: Callable) -> Callable:
+        OPERATORS.impl(name, function, "CPU")
+        return function
+
+    return register
+
+
+def differentiable(name: str, keep: Callable, backward: Callable) -> None:
+    """Give an operator its gradient. keep(ctx, inputs, output), backward(ctx, *gradients): torch.library's."""
+    torch.library.register_autograd(f"liquid::{name}", backward, setup_context=keep, lib=OPERATORS)
 
 
 def pixels(x: Tensor) -> Tensor:

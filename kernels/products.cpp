@@ -55,10 +55,13 @@ INLINE void multiply(vec (&sums)[ROWS][COLUMNS], int length, const float* x, int
 
 }  // namespace
 
-void product(int m, int k, int columns, const float* a, int from, const float* b, float* c, int to) {
+void product(int m, int k, int columns, const float* a, int from, const float* b, float* c, int to,
+             const float* shift) {
     for_sums(m, columns, [&](auto rows, auto width, int row, int column) {
         constexpr int M = decltype(rows)::value, N = decltype(width)::value;
         vec sums[M][N] = {};
+        for (int i = 0; i < M && shift; i++)
+            for (int j = 0; j < N; j++) sums[i][j] = load(shift + (column + j) * LANES);
         multiply(sums, k, a + row * from, from, 1, b + column * LANES * k, N * LANES);
         for (int i = 0; i < M; i++)
             for (int j = 0; j < N; j++) store(c + (row + i) * to + (column + j) * LANES, sums[i][j]);

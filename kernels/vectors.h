@@ -124,9 +124,10 @@ class Arena {
 
 // --- products (products.cpp) -----------------------------------------------------------------------------------------
 
-// c = a b: a (m, k) and c (m, columns) have rows `from` and `to` floats apart. b has k rows of `columns` vectors,
-// packed as `for_packed` says.
-void product(int m, int k, int columns, const float* a, int from, const float* b, float* c, int to);
+// c = a b + shift: a (m, k) and c (m, columns) have rows `from` and `to` floats apart. b has k rows of `columns`
+// vectors, packed as `for_packed` says; shift, one row, may be null.
+void product(int m, int k, int columns, const float* a, int from, const float* b, float* c, int to,
+             const float* shift = nullptr);
 // c (rows, columns) += a^T b: a (m, rows) and b (m, columns) have rows a_row and b_row floats apart; columns in vectors
 void add_outer(int m, int rows, int columns, const float* a, int a_row, const float* b, int b_row, float* c);
 

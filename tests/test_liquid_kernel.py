@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from baselines import FixedTauCell
-from kernels import liquid_kernel, native
+from kernels import cell_input, liquid_kernel, native
 from kernels.compilation import compiled
 from lab.benchmark.peers import TorchdiffeqCell
 from liquid_diffusion import STEP_FRACTION, InputConv, RealLiquidCell, TrueLiquidDiffusionModel
@@ -291,7 +291,7 @@ def test_operators_keep_torchs_contract(dtype):
 )
 def test_other_cells_are_integrated_by_torch(monkeypatch, cell, options, dtype):
     monkeypatch.setattr(native, "available", lambda library: True)
-    monkeypatch.setattr(liquid_kernel, "fits_input", lambda x: False)
+    monkeypatch.setattr(cell_input, "fits", lambda x: False)
     monkeypatch.setattr(liquid_kernel, "integrate", lambda *_: pytest.fail("the kernel was called"))
     cell = cell(4, **{"channels": 8} | options, embedding_dim=8, num_steps=2, tau_range=(0.5, 4)).to(dtype)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from kernels import convolution, liquid_kernel, native
+from kernels import cell_input, convolution, liquid_kernel, native
 from liquid_diffusion import RealLiquidCell
 
 needs_compiler = pytest.mark.skipif(not native.available(native.FP32), reason="no C++ compiler")
@@ -62,7 +62,7 @@ def test_vectors_of_every_width_compute_the_same(monkeypatch, lanes):
 
     flags = (*native.FLAGS, f"-DLANES={lanes}", "-Og", "-Wall", "-Wextra", "-Werror", "-Wno-psabi")
     library = replace(native.FP32, name=f"lanes{lanes}", flags=flags)
-    for module in (native, liquid_kernel, convolution):
+    for module in (native, liquid_kernel, cell_input, convolution):
         monkeypatch.setattr(module, "FP32", library)
     native.lanes.cache_clear()
     try:

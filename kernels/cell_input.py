@@ -1,0 +1,76 @@
+"""The input of a liquid cell as one call of C++, on CPUs in fp32: normalisation, depthwise and pointwise convolution.
+
+    if fits(x):
+        features = input_conv(x, depthwise, pointwise, eps)
+
+`liquid_diffusion.InputConv` does the same in torch. Here nothing goes to memory between the three (input.cpp).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.native import FP32, call, differentiable, empty_pixels, operator, pixels, ready
+
+LAYERS = "Tensor depth_weight, Tensor depth_bias, Tensor point_weight"
+
+
+def fits(x: Tensor) -> bool:
+    """Whether `input_conv` can compute with x (B, C, H, W) here."""
+    return ready(FP32, x) and not torch.is_autocast_enabled("cpu")
+
+
+def input_conv(x: Tensor, depthwise: nn.Conv2d, pointwise: nn.Conv2d, eps: float) -> Tensor:
+    """pointwise(depthwise(n)), where n is x (B, C, H, W) normalised over each image: (B, D, H, W).
+
+    depthwise: a 3x3 convolution of each channel by itself, pointwise: a 1x1 convolution, both with a bias.
+    """
+    layers = (depthwise.weight, depthwise.bias, pointwise.weight, pointwise.bias)
+    return torch.ops.liquid.input_conv(x, *layers, eps)[0]
+
+
+def _features(x, depth_weight, depth_bias, point_weight, *_):
+    return empty_pixels((len(x), len(point_weight), *x.shape[2:]), x), x.new_empty(len(x), 2)
+
+
+@operator(f"input_conv(Tensor x, {LAYERS}, Tensor point_bias, float eps) -> (Tensor, Tensor)", _features)
+def _input_conv(x, depth_weight, depth_bias, point_weight, point_bias, eps):
+    """The features, and of each image the mean and 1 / standard deviation."""
+    features, means = _features(x, depth_weight, depth_bias, point_weight)
+    layers = (w.contiguous() for w in (depth_weight, depth_bias, point_weight, point_bias))
+    call(FP32, "input_forward", *_numbers(x, features), float(eps), pixels(x), *layers, features, means)
+    return features, means
+
+
+def _gradients(gradient, x, means, depth_weight, depth_bias, point_weight):
+    layers = [w.new_empty(w.shape) for w in (depth_weight, depth_bias, point_weight)]
+    return empty_pixels(x.shape, x), *layers, x.new_empty(len(point_weight))
+
+
+@operator(
+    f"input_conv_backward(Tensor gradient, Tensor x, Tensor means, {LAYERS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gradients,
+)
+def _input_conv_backward(gradient, x, means, depth_weight, depth_bias, point_weight):
+    """The gradients of x, of the depthwise convolution's weight and bias, and of the pointwise one's."""
+    gradients = _gradients(gradient, x, means, depth_weight, depth_bias, point_weight)
+    layers = (w.contiguous() for w in (depth_weight, depth_bias, point_weight))
+    call(FP32, "input_backward", *_numbers(x, gradient), pixels(gradient), pixels(x), means, *layers, *gradients)
+    return gradients
+
+
+def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], output[1], *inputs[1:4])
+
+
+def _backward(ctx, gradient: Tensor, _) -> tuple:
+    return *torch.ops.liquid.input_conv_backward(gradient, *ctx.saved_tensors), None
+
+
+differentiable("input_conv", _keep, _backward)
+
+
+def _numbers(x: Tensor, features: Tensor) -> list[int]:
+    """The sizes: images, inputs, outputs, height, width."""
+    return [len(x), x.shape[1], features.shape[1], *x.shape[2:]]
