@@ -137,7 +137,7 @@ def _argument(value: int | float | Tensor | Sequence[Tensor | None] | None):
 
 
 def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Make a function of CPU tensors an operator of torch, torch.ops.liquid.NAME, into which torch.compile does not look.
+    """Make a function of CPU tensors an operator of torch, torch.ops.liquid.NAME, which torch.compile leaves whole.
 
     fake: returns results of the same shapes and formats, with nothing in them. Unlike `torch.library.custom_op` this
     does not import the compiler, which takes seconds.

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from lab.comparison.verdict import (
+    Cost,
     Point,
     Result,
     by_arm,
@@ -17,6 +18,7 @@ from lab.comparison.verdict import (
     read_rows,
     save_curves,
     save_rows,
+    speeds,
 )
 from runtime.errors import UserError
 
@@ -113,3 +115,16 @@ def test_curves_of_runs_of_unequal_length_or_of_none_are_drawn(tmp_path):
     save_curves(results, points, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert list(by_arm(results)) == ["true", "unet:38k", "lost"]
+
+
+def test_speeds_are_told_as_run_and_by_torch_alone_where_that_was_measured(tmp_path):
+    """Costs from before that column was there are read, too."""
+    costs = [Cost("true", 38_000, 7 * 10**7, 2 * 10**8, 220.4, "a machine", 106.0)]
+    save_rows(costs, tmp_path / "costs.csv")
+    assert read_rows(Cost, tmp_path / "costs.csv") == costs
+    lines = [line.rsplit(",", 1)[0] for line in (tmp_path / "costs.csv").read_text().splitlines()]
+    (tmp_path / "costs.csv").write_text("\n".join(lines) + "\n")
+    (older,) = read_rows(Cost, tmp_path / "costs.csv")
+    assert older.images_per_second == 220.4 and math.isnan(older.plain_images_per_second)
+    assert "| `true` | 220 | 106 | a machine |" in speeds({"true": costs[0]}, ["true"])
+    assert "| `true` | 220 |  | a machine |" in speeds({"true": older}, ["true"])

@@ -11,9 +11,10 @@ from diffusion import DDPMScheduler, sample_images
 from images.batches import held_out_bank
 from images.datasets import ImageData, load_images
 from images.pictures import save_labelled_rows
+from kernels.native import FP32, available, plain_torch
 from lab.comparison.experiment import Experiment, Training, advice_fits, arm_config
 from lab.comparison.jobs import run_all
-from lab.comparison.verdict import Cost, Point, Result, markdown, read_rows, save_curves, save_rows
+from lab.comparison.verdict import Cost, Point, Result, markdown, read_rows, save_curves, save_rows, speeds
 from lab.comparison.wiener import fit_wiener
 from lab.speed import training_rates
 from models import build_model, count_parameters, multiply_adds, training_multiply_adds
@@ -58,7 +59,7 @@ def compare(s: argparse.Namespace, settings: dict, folder: Path) -> None:
     if data.train[0].numel() <= LARGEST_WIENER:
         scheduler = DDPMScheduler(s.timesteps, s.schedule, s.prediction_type)
         wiener = held_out_loss(*fit_wiener(data, scheduler), held_out_bank(data, s.timesteps))
-    table = markdown(results, wiener, s.reference)
+    table = markdown(results, wiener, s.reference) + speeds(experiment.costs, dict.fromkeys(r.arm for r in results))
     save_text(folder / "comparison.md", table)
     save_curves(results, points, folder / "curves.png")
     drawings = drawn(experiment, results)
@@ -91,11 +92,14 @@ def arm_costs(s: argparse.Namespace, data: ImageData, folder: Path) -> dict[str,
     print(f"measuring the speed of {', '.join(missing)}; leave the machine alone meanwhile", flush=True)
     smaller = f"--batch-size {s.batch_size // 2}" if s.batch_size > 1 else "a smaller --image-size"
     with advice_fits(), failures_named(folder, Processes(device), smaller), user_errors("--arms"):
-        rates = training_rates(missing, data, device)
+        rates = plain = training_rates(missing, data, device)
+        if device.type == "cpu" and s.precision == "fp32" and available(FP32):
+            with plain_torch():
+                plain = training_rates(missing, data, device)
     for arm, config in missing.items():
         network = build_model(config.model, **{"in_channels": data.shape[0], **config.model_config})
         forward, training = multiply_adds(network, data.shape), training_multiply_adds(network, data.shape)
-        costs[arm] = Cost(arm, count_parameters(network), forward, training, rates[arm], machine)
+        costs[arm] = Cost(arm, count_parameters(network), forward, training, rates[arm], machine, plain[arm])
     save_rows(list(costs.values()), table)
     return costs
 

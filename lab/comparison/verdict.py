@@ -5,8 +5,8 @@ A result is one training run of one arm with one seed. Everything here is comput
 
 import csv
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Cost:
     training_multiply_adds: int  # per training step; a backward pass counts as two forward passes
     images_per_second: float  # of training
     machine: str
+    plain_images_per_second: float = math.nan  # by torch alone, without our C++ kernels
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,15 @@ def markdown(results: Sequence[Result], wiener: float | None, reference: str) ->
     return "\n".join(lines) + "\n"
 
 
+def speeds(costs: Mapping[str, Cost], arms: Iterable[str]) -> str:
+    """The training speeds of these arms as a table: as they are run, and by torch alone."""
+    lines = ["", "| arm | training images per second | by torch alone | machine |", "| --- | ---: | ---: | --- |"]
+    for cost in (costs[arm] for arm in arms):
+        plain = "" if math.isnan(cost.plain_images_per_second) else f"{cost.plain_images_per_second:,.0f}"
+        lines.append(f"| `{cost.arm}` | {cost.images_per_second:,.0f} | {plain} | {cost.machine} |")
+    return "\n".join(lines) + "\n"
+
+
 @dataclass(frozen=True)
 class Point:
     """One measurement during a training run."""
@@ -184,10 +194,12 @@ def read_rows(kind: type[Cost] | type[Result] | type[Point], path: Path) -> list
         with open(path, newline="", encoding="utf-8") as file:
             types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
             table = csv.DictReader(file)
-            lacking = [name for name in types if name not in (table.fieldnames or [])]
+            there = [name for name in types if name in (table.fieldnames or [])]
+            needed = [field.name for field in fields(kind) if field.default is MISSING]
+            lacking = [name for name in needed if name not in there]
             if lacking:
                 raise ValueError(f"it has no column {lacking[0]!r}")
-            return [kind(**{name: type_(row[name]) for name, type_ in types.items()}) for row in table]
+            return [kind(**{name: types[name](row[name]) for name in there}) for row in table]
     except (OSError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: not of a comparison ({reason(error)}); use another --output-dir") from error
 
