@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
+from kernels.native import plain_torch
 from lab import speed
 from lab.benchmark import peers, sections
-from lab.benchmark.convolutions import Convolution, convolutions, floor_seconds
+from lab.benchmark.convolutions import Convolution, convolutions, seconds_alone
 from lab.benchmark.processes import peak_memory
 from lab.benchmark.report import goals, markdown
 from models import build_model
@@ -68,7 +69,7 @@ def test_work_and_bytes_of_one_convolution_by_hand():
 @pytest.mark.parametrize("arm", ["true", "inspired", "unet:38k"])
 def test_the_convolutions_of_a_model_are_all_of_its_convolutions(arm):
     model = build_model(sections.ARMS[arm][0])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_torch():
         model(torch.zeros(4, 3, 16, 16), torch.zeros(4, dtype=torch.long))
     flops = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
     counts = convolutions(model, (3, 16, 16), batch_size=4)
@@ -82,7 +83,7 @@ def test_every_ode_step_but_the_first_from_zeros_is_a_recurrent_convolution():
     assert recurrent == {8: 1, 16: 3, 32: 8}
 
 
-def test_the_floor_is_the_sum_over_calls_of_what_is_best_for_each(monkeypatch):
+def test_the_time_alone_is_the_sum_over_calls_of_what_is_best_for_each(monkeypatch):
     """Passes that take 1 s, but 0.5 s in one form; a clock that nobody waits for."""
     times = {"forward": 1.0, "backward": 1.0}
 
@@ -91,8 +92,8 @@ def test_the_floor_is_the_sum_over_calls_of_what_is_best_for_each(monkeypatch):
 
     monkeypatch.setattr("lab.benchmark.convolutions.in_turn", in_turn)
     monkeypatch.setattr("runtime.hardware.cpu_flags", lambda: BF16)
-    floor, rows = floor_seconds(convolutions(Net(), (3, 8, 8), 2), torch.device("cpu"), seconds=0.1)
-    assert floor == pytest.approx(5 * (0.5 + 0.5))  # five calls per step
+    alone, rows = seconds_alone(convolutions(Net(), (3, 8, 8), 2), torch.device("cpu"), seconds=0.1)
+    assert alone == pytest.approx(5 * (0.5 + 0.5))  # five calls per step
     assert [row["calls_a_step"] for row in rows] == [1, 3, 1]
     assert {row["best"] for row in rows} == {"bf16 contiguous"}
     assert len(rows[0]["seconds"]) == 2 * 2 * 2
@@ -196,7 +197,7 @@ def tiny_report(tmp_path_factory):
     small |= {"SAMPLES": 2, "SAMPLING_STEPS": 3}
     bf16, once = mock.patch("runtime.hardware.cpu_flags", lambda: BF16), mock.patch.object(speed, "ROUNDS", 1)
     options = ["--device", "cpu", "--batch-size", 2, "--image-size", 8, "--seconds", 1e-6, "--no-compile"]
-    options += ["--sections", "sampling", "peers", "floor", "growth", "--output-dir", folder]
+    options += ["--sections", "sampling", "peers", "convolutions", "growth", "--output-dir", folder]
     with mock.patch.multiple(sections, **small), bf16, once:
         code, out, err = call(benchmark, *options)
     assert code == 0, err
@@ -205,16 +206,16 @@ def tiny_report(tmp_path_factory):
 
 def test_a_run_writes_its_conditions_and_every_figure(tiny_report):
     folder, report, out = tiny_report
-    assert report["settings"]["sections"] == ["train", "sampling", "peers", "floor", "growth"]  # train is needed
+    assert report["settings"]["sections"] == ["train", "sampling", "peers", "convolutions", "growth"]  # train is needed
     assert report["threads"] == torch.get_num_threads() and report["machine"].endswith("threads")
     arms = ["true", "inspired", "unet:38k", "unet:150k"]
-    assert list(report["train"]) == list(report["sampling"]["arms"]) == list(report["floor"]["arms"]) == arms
+    assert list(report["train"]) == list(report["sampling"]["arms"]) == list(report["convolutions"]["arms"]) == arms
     for arm in arms:
         assert list(report["train"][arm]["variants"]) == ["fp32", "bf16"]
         rate, seconds = report["train"][arm]["images_per_second"], report["train"][arm]["seconds"]
         assert rate == pytest.approx(2 / seconds)
-        floor = report["floor"]["arms"][arm]
-        assert floor["step_over_floor_convs"] == floor["seconds_a_step"] / floor["floor_convs_seconds"]
+        alone = report["convolutions"]["arms"][arm]
+        assert alone["step_over_convolutions"] == alone["seconds_a_step"] / alone["convolutions_seconds"]
     assert list(report["peers"]["cell"]["peers"]) == [
         "ours",
         "torchdiffeq",

@@ -186,8 +186,8 @@ def measure_peers(bench: Bench) -> dict:
     }
 
 
-def measure_floor(bench: Bench) -> dict:
-    """Training steps over three lower limits: their convolutions alone, the matrix rate, and the copy bandwidth."""
+def measure_convolutions(bench: Bench) -> dict:
+    """Training steps over three measures: their convolutions alone, the matrix rate, and the copy bandwidth."""
     precision = "bf16" if has_bf16(bench.device) else "fp32"
     rates = {p: convolutions.matrix_rate(bench.device, p, bench.seconds) for p in dict.fromkeys(("fp32", precision))}
     bandwidth = convolutions.copy_bandwidth(bench.device, bench.seconds)
@@ -197,7 +197,7 @@ def measure_floor(bench: Bench) -> dict:
         counts = convolutions.convolutions(model, shape, bench.batch_size)
         step = {"": bench.step(bench.config(arm, bench.best[arm]))}
         rounds = in_turn(step, bench.device, bench.seconds)[""]
-        alone, table = convolutions.floor_seconds(counts, bench.device, bench.seconds / 10)
+        alone, table = convolutions.seconds_alone(counts, bench.device, bench.seconds / 10)
         rounds += in_turn(step, bench.device, bench.seconds)[""]  # again, in case the machine has slowed down
         # the rest are linear layers and attention, whose backward pass costs two forward passes
         rest = bench.batch_size * multiply_adds(model, shape) - sum(n * c.multiply_adds for c, n in counts.items())
@@ -208,8 +208,8 @@ def measure_floor(bench: Bench) -> dict:
             "variant": str(bench.best[arm]),
             "seconds_a_step": seconds,
             "rounds": rounds,
-            "floor_convs_seconds": alone,
-            "step_over_floor_convs": seconds / alone,
+            "convolutions_seconds": alone,
+            "step_over_convolutions": seconds / alone,
             "multiply_adds_a_step": work,
             "step_over_matrix_rate": seconds * max(rates.values()) / work,
             "convolution_bytes_a_step": moved,
@@ -276,10 +276,10 @@ SECTIONS: dict[str, Callable[[Bench], dict]] = {
     "train": measure_train,
     "sampling": measure_sampling,
     "peers": measure_peers,
-    "floor": measure_floor,
+    "convolutions": measure_convolutions,
     "growth": measure_growth,
     "memory": measure_memory,
     "processes": measure_processes,
     "start": measure_start,
 }
-NEED_TRAIN = {"floor", "growth", "processes"}  # they use the fastest variants that `train` has found
+NEED_TRAIN = {"convolutions", "growth", "processes"}  # they use the fastest variants that `train` has found
