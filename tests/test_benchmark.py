@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from kernels.native import plain_torch
+from kernels import native
 from lab import speed
 from lab.benchmark import peers, sections
 from lab.benchmark.convolutions import Convolution, convolutions, seconds_alone
@@ -69,7 +69,7 @@ def test_work_and_bytes_of_one_convolution_by_hand():
 @pytest.mark.parametrize("arm", ["true", "inspired", "unet:38k"])
 def test_the_convolutions_of_a_model_are_all_of_its_convolutions(arm):
     model = build_model(sections.ARMS[arm][0])
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_torch():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), native.plain_torch():
         model(torch.zeros(4, 3, 16, 16), torch.zeros(4, dtype=torch.long))
     flops = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
     counts = convolutions(model, (3, 16, 16), batch_size=4)
@@ -180,6 +180,32 @@ def test_what_does_not_work_here_is_a_reason_and_the_best_of_the_rest_counts():
     assert report["b"] == {"best": None, "seconds": None, "variants": {"bf16, compiled": {"reason": "out of memory"}}}
 
 
+def test_what_is_timed_by_plain_torch_has_a_best_of_its_own_and_does_without_kernels(monkeypatch):
+    """bf16 has no plain twin here, so there is no kernel in it, and it counts for both readings."""
+    seconds = {"fp32": 2.0, "bf16": 3.0, "fp32, plain torch": 4.0, "bf16, plain torch": 9.0}
+
+    def in_turn(calls, device, length, warmed_up):
+        return {(name, v): [seconds[str(v)]] for name, v in calls}
+
+    monkeypatch.setattr(sections, "in_turn", in_turn)
+    fp32, bf16 = sections.Variant("fp32", False), sections.Variant("bf16", False)
+    plain = sections.Variant("fp32", False, plain=True)
+    bench, ready = sections.Bench(torch.device("cpu"), 8, 8, 1e-4, [fp32, bf16]), {}
+
+    def step(variant):
+        return lambda: ready.update({str(variant): native.ready(native.FP32, torch.zeros(1))})
+
+    monkeypatch.setattr(native, "available", lambda library: True)
+    found = sections.by_variant({("a", v): step(v) for v in (fp32, bf16, plain)}, bench)["a"]
+    assert (found["best"], found["seconds"]) == ("fp32", 2.0)
+    assert found["plain"] == {"best": "bf16", "seconds": 3.0}
+    assert list(found["variants"]) == ["fp32", "bf16", "fp32, plain torch"]
+    assert ready == {"fp32": True, "bf16": True, "fp32, plain torch": False}
+    found = sections.by_variant({("a", v): step(v) for v in (fp32, plain)}, bench)["a"]
+    assert found["plain"] == {"best": "fp32, plain torch", "seconds": 4.0}
+    assert "plain" not in sections.by_variant({("a", fp32): step(fp32)}, bench)["a"]
+
+
 def test_peak_memory_is_that_of_the_step_and_not_of_who_asks():
     """This process holds half a GiB, which the kernel would count to a child; a step of that few images needs less."""
     ballast = torch.ones(2**27)
@@ -193,7 +219,7 @@ def test_peak_memory_is_that_of_the_step_and_not_of_who_asks():
 def tiny_report(tmp_path_factory):
     """A run of all that needs no process of its own, on tiny images: (its folder, its report, what it printed)."""
     folder = tmp_path_factory.mktemp("benchmark")
-    small = {"LARGE": "unet:150k", "BATCHES": (1, 2), "SIDES": (8, 16), "ODE_STEPS": ((1, 1, 1), (2, 2, 2))}
+    small = {"LARGE": "unet:38k-flat", "BATCHES": (1, 2), "SIDES": (8, 16), "ODE_STEPS": ((1, 1, 1), (2, 2, 2))}
     small |= {"SAMPLES": 2, "SAMPLING_STEPS": 3}
     bf16, once = mock.patch("runtime.hardware.cpu_flags", lambda: BF16), mock.patch.object(speed, "ROUNDS", 1)
     options = ["--device", "cpu", "--batch-size", 2, "--image-size", 8, "--seconds", 1e-6, "--no-compile"]
@@ -208,12 +234,18 @@ def test_a_run_writes_its_conditions_and_every_figure(tiny_report):
     folder, report, out = tiny_report
     assert report["settings"]["sections"] == ["train", "sampling", "peers", "convolutions", "growth"]  # train is needed
     assert report["threads"] == torch.get_num_threads() and report["machine"].endswith("threads")
-    arms = ["true", "inspired", "unet:38k", "unet:150k"]
+    arms = ["true", "inspired", "unet:38k", "unet:150k", "unet:38k-flat"]
     assert list(report["train"]) == list(report["sampling"]["arms"]) == list(report["convolutions"]["arms"]) == arms
+    plain = ["fp32, plain torch"] if native.available(native.FP32) else []
     for arm in arms:
-        assert list(report["train"][arm]["variants"]) == ["fp32", "bf16"]
-        rate, seconds = report["train"][arm]["images_per_second"], report["train"][arm]["seconds"]
-        assert rate == pytest.approx(2 / seconds)
+        trained, drawn = report["train"][arm], report["sampling"]["arms"][arm]
+        assert list(trained["variants"]) == list(drawn["variants"]) == ["fp32", "bf16", *plain]
+        for part in (trained, trained["plain"]) if plain else (trained,):
+            assert part["images_per_second"] == pytest.approx(2 / part["seconds"])
+            assert part["seconds"] == trained["variants"][part["best"]]["seconds"]
+        for part in (drawn, drawn["plain"]) if plain else (drawn,):
+            assert part["images_per_second"] == pytest.approx(2 / part["seconds"])
+        assert "plain torch" not in trained["best"] + drawn["best"]
         alone = report["convolutions"]["arms"][arm]
         assert alone["step_over_convolutions"] == alone["seconds_a_step"] / alone["convolutions_seconds"]
     assert list(report["peers"]["cell"]["peers"]) == [
@@ -249,7 +281,7 @@ def test_the_ratios_are_of_what_they_say(tiny_report):
 
 def test_memory_processes_and_start_are_run_by_their_sections(tmp_path, monkeypatch):
     """What they do takes processes of its own and is tested apart; here that their figures reach the table."""
-    monkeypatch.setattr(sections, "LARGE", "unet:150k")
+    monkeypatch.setattr(sections, "LARGE", "unet:38k-flat")
     monkeypatch.setattr(sections, "peak_memory", lambda *_: {"peak_bytes": 3 * 2**30, "step_bytes": 2**30})
     monkeypatch.setattr(sections, "one_against_two", lambda *_: {"two_over_one": 1.25})
     monkeypatch.setattr(sections, "sampling_command", lambda *_: {"seconds": 12.5})

@@ -26,6 +26,7 @@ def goals(report: Report) -> list[tuple[str, float | None, str]]:
     """(name, value, unit) of the most important figures; the value is None if its section was left out."""
     batch = report["settings"]["batch_size"]
     speed = {arm: dig(part, "images_per_second") for arm, part in report.get("train", {}).items()}
+    by_torch = dig(report, "train", "true", "plain", "images_per_second")
     cells = {name: dig(part, "seconds") for name, part in (dig(report, "peers", "cell", "peers") or {}).items()}
     steps = {name: dig(part, "seconds") for name, part in (dig(report, "peers", "train_step") or {}).items()}
     drawing = {arm: dig(part, "seconds") for arm, part in (dig(report, "sampling", "arms") or {}).items()}
@@ -40,6 +41,7 @@ def goals(report: Report) -> list[tuple[str, float | None, str]]:
         ("training step over its multiply-adds at matrix rate", alone.get("step_over_matrix_rate"), "x"),
         ("training step over its convolutions' bytes at copy bandwidth", alone.get("step_over_copy_bandwidth"), "x"),
         ("training images/s over `unet:38k`'s", ratio(speed.get("true"), speed.get("unet:38k")), "x"),
+        ("training images/s over those by plain torch", ratio(speed.get("true"), by_torch), "x"),
         (
             "training step with cells driven by torchdiffeq, over ours",
             ratio(steps.get("torchdiffeq"), steps.get("ours")),
@@ -87,34 +89,50 @@ def markdown(report: Report) -> str:
         f"at the start; {', '.join(f'{name} {version}' for name, version in versions.items())}. Batch "
         f"{settings['batch_size']}, random images 3x{side}x{side}. Medians over rounds of {settings['seconds']:g} s, "
         "taken in turn after a warm-up. Every model and cell is shown in its fastest variant of fp32 and bf16"
-        + (" (nothing was compiled)." if settings["no_compile"] else ", as written and compiled."),
+        + (" (nothing was compiled)." if settings["no_compile"] else ", as written and compiled.")
+        + (" Plain torch means: without our C++ kernels." if dig(report, "train", "true", "plain") else ""),
         "",
         *table(("of the true liquid model", "value", "unit"), goals(report)),
     ]
     if (dig(report, "peers", "torchdiffeq_largest_difference") or 0) > SAME_OUTPUT:
         lines += ["**The cell driven by torchdiffeq gives another output, so its times mean nothing.**", ""]
-    return "\n".join(lines + models(report) + convolutions_alone(report) + cells(report) + growth(report))
+    return "\n".join(
+        lines + models(report) + speeds(report) + convolutions_alone(report) + cells(report) + growth(report)
+    )
+
+
+def arms(report: Report) -> list[str]:
+    """The arms that were trained, drawn from, or whose memory was measured."""
+    return list({**report.get("train", {}), **(dig(report, "sampling", "arms") or {}), **report.get("memory", {})})
 
 
 def models(report: Report) -> list[str]:
-    """One row per arm: its size, speed and memory."""
-    named: list[str] = [*report.get("train", {}), *(dig(report, "sampling", "arms") or {}), *report.get("memory", {})]
-    arms = dict.fromkeys(named)
+    """One row per arm: its size and memory."""
     rows = []
-    for arm in arms:
+    for arm in arms(report):
+        train = dig(report, "train", arm) or {}
+        peaks = ((dig(report, "memory", arm, p, "peak_bytes") or 0) / 2**20 or None for p in ("fp32", "bf16"))
+        rows.append((f"`{arm}`", train.get("parameters"), train.get("multiply_adds"), *peaks))
+    head = ("model", "parameters", "multiply-adds per image", "peak MiB fp32", "peak MiB bf16")
+    return table(head, rows) if rows else []
+
+
+def speeds(report: Report) -> list[str]:
+    """One row per arm: how fast it trains and draws, as everybody runs it and by plain torch."""
+    rows = []
+    for arm in arms(report):
         train, draw = (dig(report, *keys, arm) or {} for keys in (("train",), ("sampling", "arms")))
-        peaks = {p: (dig(report, "memory", arm, p, "peak_bytes") or 0) / 2**20 or None for p in ("fp32", "bf16")}
-        timed = (
-            f" ({draw['steps_timed']} steps timed)"
-            if dig(draw, "steps_timed") != dig(report, "sampling", "steps")
-            else ""
-        )
+        rate, by_torch = (dig(train, *keys, "images_per_second") for keys in ((), ("plain",)))
+        whole = dig(draw, "steps_timed") == dig(report, "sampling", "steps")
+        timed = "" if whole else f" ({draw['steps_timed']} steps timed)"
         rows.append(
-            (f"`{arm}`", train.get("parameters"), train.get("multiply_adds"), train.get("images_per_second"),
-             train.get("best"), draw.get("seconds"), draw.get("best") and draw["best"] + timed, *peaks.values())
+            (f"`{arm}`", rate, train.get("best"), by_torch, dig(train, "plain", "best"), ratio(rate, by_torch),
+             draw.get("seconds"), draw.get("best") and draw["best"] + timed, dig(draw, "plain", "seconds"),
+             dig(draw, "plain", "best"))
         )  # fmt: skip
-    head = ("model", "parameters", "multiply-adds per image", "training images/s", "variant", "sampling s", "variant")
-    return table((*head, "peak MiB fp32", "peak MiB bf16"), rows) if rows else []
+    head = ("model", "training images/s", "variant", "images/s by plain torch", "variant", "gain", "sampling s",
+            "variant", "sampling s by plain torch", "variant")  # fmt: skip
+    return table(head, rows) if rows else []
 
 
 def convolutions_alone(report: Report) -> list[str]:
