@@ -7,6 +7,7 @@ from typing import Any
 from runtime.files import save_figure
 
 Report = dict[str, Any]
+PASSES = {"forward": "forward", "training": "forward and backward"}  # their names in the tables
 SAME_OUTPUT = 1e-4  # of the largest value: larger differences do not come from rounding
 
 
@@ -96,9 +97,9 @@ def markdown(report: Report) -> str:
     ]
     if (dig(report, "peers", "torchdiffeq_largest_difference") or 0) > SAME_OUTPUT:
         lines += ["**The cell driven by torchdiffeq gives another output, so its times mean nothing.**", ""]
-    return "\n".join(
-        lines + models(report) + speeds(report) + convolutions_alone(report) + cells(report) + growth(report)
-    )
+    for section in (models, speeds, convolutions_alone, kernels, cells, growth):
+        lines += section(report)
+    return "\n".join(lines)
 
 
 def arms(report: Report) -> list[str]:
@@ -145,6 +146,66 @@ def convolutions_alone(report: Report) -> list[str]:
     head = ("model", "variant", "training step ms", "convolutions alone ms", "step over convolutions",
             "over matrix rate", "over copy bandwidth")  # fmt: skip
     return table(head, rows) if rows else []
+
+
+def kernels(report: Report) -> list[str]:
+    """The tables of our C++ kernels, or why there are none."""
+    found = report.get("kernels", {})
+    if "reason" in found:
+        return [f"Our C++ kernels were not timed: {found['reason']}.", ""]
+    return kernel_cells(found) + kernel_errors(found) + kernel_layers(found) if found else []
+
+
+def kernel_cells(found: Report) -> list[str]:
+    """For each pass, one row per cell, batch size and number of threads: its steps, and the convolutions among them."""
+    lines, names = [], ("torch", "compiled", "convolutions, torch", "ours", "convolutions, ours")
+    for part, title in PASSES.items():
+        rows = []
+        for row in found["cells"]:
+            times = row[part]
+            what = f"{row['cell']}, {row['channels']} channels, {row['side']}x{row['side']}, {row['steps']} steps"
+            alone = times["convolutions, torch"]
+            rows.append(
+                (what, row["batch_size"], row["threads"], *(milliseconds(times.get(name)) for name in names),
+                 ratio(times["ours"], alone), ratio(times["convolutions, ours"], alone))
+            )  # fmt: skip
+        head = (f"steps of the cell, {title}", "batch", "threads", "torch ms", "torch, compiled ms",
+                "their convolutions by torch ms", "our cell ms", "their convolutions by ours ms",
+                "our cell over torch's convolutions", "our convolutions over torch's")  # fmt: skip
+        lines += table(head, rows)
+    return lines
+
+
+def kernel_errors(found: Report) -> list[str]:
+    """One row per cell and who computed it: the largest errors against torch in double precision."""
+    rows = [
+        (f"{cell}, {who}", *errors.values())
+        for cell, both in found["largest_errors"].items()
+        for who, errors in both.items()
+    ]
+    gradients = (f"gradient of the {name}" for name in ("features", "offset", "weight"))
+    return table(("largest error of the cell's steps, over the largest value", "output", *gradients), rows)
+
+
+def kernel_layers(found: Report) -> list[str]:
+    """One row per layer that our kernels compute besides the cells' steps, and one per arm: a training step's sum."""
+    rows = []
+    for arm, part in found["arms"].items():
+        named = [
+            (f"{row['layer']}, {row['inputs']} to {row['outputs']} channels, {row['side']}x{row['side']}", row)
+            for row in part["layers"]
+        ]
+        for name, row in [*named, ("all calls of a training step", part["sum"])]:
+            times = [(row[p]["torch"], row[p]["ours"]) for p in PASSES]
+            figures = [x for a, b in times for x in (milliseconds(a), milliseconds(b), ratio(b, a))]
+            rows.append((f"`{arm}`: {name}", row["calls_a_step"], *figures))
+    columns = [f"{title}, {what}" for title in PASSES.values() for what in ("torch ms", "ours ms", "ours over torch")]
+    return table(("layer", "calls per step", *columns), rows)
+
+
+def milliseconds(seconds: float | None) -> float | None:
+    """The same time, if it was measured."""
+    return seconds and 1e3 * seconds
 
 
 def cells(report: Report) -> list[str]:

@@ -3,7 +3,6 @@
 Whatever a section compares is timed in turn (`speed.in_turn`). A time is the median over rounds, in seconds per call.
 """
 
-import contextlib
 import copy
 import statistics
 import time
@@ -14,9 +13,9 @@ import torch
 from torch import nn
 
 from diffusion import DDPMScheduler, sample_images
-from kernels.compilation import compiled, is_compiler_failure
+from kernels.compilation import compiled, compiler_failure, is_compiler_failure
 from kernels.native import AMX, FP32, available, plain_torch
-from lab.benchmark import convolutions, peers
+from lab.benchmark import convolutions, kernels, peers
 from lab.benchmark.processes import one_against_two, peak_memory, sampling_command, synthetic_images
 from lab.speed import in_turn, train_step
 from liquid_diffusion import TrueLiquidDiffusionModel
@@ -29,6 +28,7 @@ GROWING = ("true", "inspired", "unet:38k")  # timed at each size, and compiled a
 SMALL = (*GROWING, "unet:150k")
 LARGE = "unet:35.7m"  # the network of DDPM
 BATCHES = (8, 32, 128, 512)
+KERNEL_BATCHES = (8, 64)
 SIDES = (16, 32, 64)
 ODE_STEPS = ((1, 1, 1), (3, 5, 7), (6, 10, 14), (12, 20, 28))
 SAMPLES, SAMPLING_STEPS = 64, 50
@@ -46,14 +46,9 @@ class Variant:
     def __str__(self) -> str:
         return self.precision + ", compiled" * self.compile + ", plain torch" * self.plain
 
-    def run(self, call: Callable[[], object]) -> Callable[[], None]:
-        """The call as this variant makes it; precision and compilation are the call's own."""
-
-        def as_said() -> None:
-            with plain_torch() if self.plain else contextlib.nullcontext():
-                call()
-
-        return as_said
+    def run(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call, which has this precision and compilation itself, with or without our kernels."""
+        return plain_torch()(call) if self.plain else call
 
 
 @dataclass
@@ -255,6 +250,21 @@ def measure_convolutions(bench: Bench) -> dict:
     return report
 
 
+def measure_kernels(bench: Bench) -> dict:
+    """Our C++ kernels against torch on a CPU in fp32: the liquid cells, their inputs, and the plain convolutions."""
+    if bench.device.type != "cpu":
+        return {"reason": "they are written for CPUs"}
+    if not available(FP32):
+        return {"reason": "no C++ compiler works here"}
+    compile_ = any(v.compile for v in bench.variants) and compiler_failure(bench.device) is None
+    seconds = bench.seconds / 10  # there are many calls
+    return {
+        "cells": kernels.cells(bench.side, KERNEL_BATCHES, seconds, compile_),
+        "largest_errors": kernels.largest_errors(bench.side),
+        "arms": kernels.layers([arm for arm in SMALL if arm != "true"], bench.side, bench.batch_size, seconds),
+    }
+
+
 def measure_growth(bench: Bench) -> dict:
     """Training speed by batch size, image size and number of ODE steps, with each arm in its fastest variant."""
     arms = [arm for arm in GROWING if arm in bench.best]
@@ -313,6 +323,7 @@ SECTIONS: dict[str, Callable[[Bench], dict]] = {
     "sampling": measure_sampling,
     "peers": measure_peers,
     "convolutions": measure_convolutions,
+    "kernels": measure_kernels,
     "growth": measure_growth,
     "memory": measure_memory,
     "processes": measure_processes,
