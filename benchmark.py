@@ -1,13 +1,13 @@
-"""Measure speed in one run: the models, the libraries one would otherwise use, and what this machine could do at most.
+"""Measure speed in one run: the models, the libraries one would otherwise use, and the parts of a step by themselves.
 
 python benchmark.py                                   # everything
 python benchmark.py --device cuda --batch-size 512
-python benchmark.py --sections peers floor --no-compile
+python benchmark.py --sections peers convolutions --no-compile
 
 No data set is needed, since the images are random. After a warm-up, whatever is compared takes turns in rounds, and the
 median round counts. Every model and cell is timed in each precision that the processor has, as written and compiled,
-and reported with its fastest variant. Do nothing else on the machine meanwhile. `benchmark.json` has every round,
-`benchmark.md` the table.
+and reported with its fastest variant; the models also by plain torch, without our C++ kernels. Do nothing else on the
+machine meanwhile. `benchmark.json` has every round, `benchmark.md` the tables.
 """
 
 from runtime import interrupted_import  # noqa: F401  # isort: skip
@@ -25,7 +25,7 @@ PACKAGES = ("diffusers", "torchdiffeq", "ncps")
 
 def parser() -> Parser:
     """All flags."""
-    p = Parser(prog="benchmark.py", description="Measure speed against other libraries and the limit of this machine.")
+    p = Parser(prog="benchmark.py", description="Measure speed against other libraries and the rates of this machine.")
     add = p.add_argument
     # fmt: off
     add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one, else mps, else cpu")

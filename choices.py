@@ -56,5 +56,5 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 SHOWN = 16  # samples that evaluate.py shows with their nearest training images, and the fewest that it draws
 
 # what benchmark.py measures
-SECTIONS = ("train", "sampling", "peers", "floor", "growth", "memory", "processes", "start")
-NEED_TRAIN = {"floor", "growth", "processes"}  # they use the fastest variants that `train` has found
+SECTIONS = ("train", "sampling", "peers", "convolutions", "kernels", "growth", "memory", "processes", "start")
+NEED_TRAIN = {"convolutions", "growth", "processes"}  # they use the fastest variants that `train` has found

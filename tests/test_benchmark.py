@@ -9,17 +9,21 @@ import pytest
 import torch
 from conftest import call
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
+from kernels import convolution, native
+from kernels.convolution import Conv3x3
 from lab import speed
-from lab.benchmark import peers, sections
-from lab.benchmark.convolutions import Convolution, convolutions, floor_seconds
+from lab.benchmark import kernels, peers, sections
+from lab.benchmark.convolutions import Convolution, convolutions, seconds_alone
 from lab.benchmark.processes import peak_memory
 from lab.benchmark.report import goals, markdown
 from models import build_model
 from training.config import TrainConfig
 
+needs_compiler = pytest.mark.skipif(not native.available(native.FP32), reason="no C++ compiler")
 BF16 = {"avx512_bf16"}  # what a processor that multiplies in bf16 has; others compute the same, slowly
 
 
@@ -68,7 +72,7 @@ def test_work_and_bytes_of_one_convolution_by_hand():
 @pytest.mark.parametrize("arm", ["true", "inspired", "unet:38k"])
 def test_the_convolutions_of_a_model_are_all_of_its_convolutions(arm):
     model = build_model(sections.ARMS[arm][0])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), native.plain_torch():
         model(torch.zeros(4, 3, 16, 16), torch.zeros(4, dtype=torch.long))
     flops = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
     counts = convolutions(model, (3, 16, 16), batch_size=4)
@@ -82,7 +86,7 @@ def test_every_ode_step_but_the_first_from_zeros_is_a_recurrent_convolution():
     assert recurrent == {8: 1, 16: 3, 32: 8}
 
 
-def test_the_floor_is_the_sum_over_calls_of_what_is_best_for_each(monkeypatch):
+def test_the_time_alone_is_the_sum_over_calls_of_what_is_best_for_each(monkeypatch):
     """Passes that take 1 s, but 0.5 s in one form; a clock that nobody waits for."""
     times = {"forward": 1.0, "backward": 1.0}
 
@@ -91,8 +95,8 @@ def test_the_floor_is_the_sum_over_calls_of_what_is_best_for_each(monkeypatch):
 
     monkeypatch.setattr("lab.benchmark.convolutions.in_turn", in_turn)
     monkeypatch.setattr("runtime.hardware.cpu_flags", lambda: BF16)
-    floor, rows = floor_seconds(convolutions(Net(), (3, 8, 8), 2), torch.device("cpu"), seconds=0.1)
-    assert floor == pytest.approx(5 * (0.5 + 0.5))  # five calls per step
+    alone, rows = seconds_alone(convolutions(Net(), (3, 8, 8), 2), torch.device("cpu"), seconds=0.1)
+    assert alone == pytest.approx(5 * (0.5 + 0.5))  # five calls per step
     assert [row["calls_a_step"] for row in rows] == [1, 3, 1]
     assert {row["best"] for row in rows} == {"bf16 contiguous"}
     assert len(rows[0]["seconds"]) == 2 * 2 * 2
@@ -179,6 +183,143 @@ def test_what_does_not_work_here_is_a_reason_and_the_best_of_the_rest_counts():
     assert report["b"] == {"best": None, "seconds": None, "variants": {"bf16, compiled": {"reason": "out of memory"}}}
 
 
+def test_what_is_timed_by_plain_torch_has_a_best_of_its_own_and_does_without_kernels(monkeypatch):
+    """bf16 has no plain twin here, so there is no kernel in it, and it counts for both readings."""
+    seconds = {"fp32": 2.0, "bf16": 3.0, "fp32, plain torch": 4.0, "bf16, plain torch": 9.0}
+
+    def in_turn(calls, device, length, warmed_up):
+        return {(name, v): [seconds[str(v)]] for name, v in calls}
+
+    monkeypatch.setattr(sections, "in_turn", in_turn)
+    fp32, bf16 = sections.Variant("fp32", False), sections.Variant("bf16", False)
+    plain = sections.Variant("fp32", False, plain=True)
+    bench, ready = sections.Bench(torch.device("cpu"), 8, 8, 1e-4, [fp32, bf16]), {}
+
+    def step(variant):
+        return lambda: ready.update({str(variant): native.ready(native.FP32, torch.zeros(1))})
+
+    monkeypatch.setattr(native, "available", lambda library: True)
+    found = sections.by_variant({("a", v): step(v) for v in (fp32, bf16, plain)}, bench)["a"]
+    assert (found["best"], found["seconds"]) == ("fp32", 2.0)
+    assert found["plain"] == {"best": "bf16", "seconds": 3.0}
+    assert list(found["variants"]) == ["fp32", "bf16", "fp32, plain torch"]
+    assert ready == {"fp32": True, "bf16": True, "fp32, plain torch": False}
+    found = sections.by_variant({("a", v): step(v) for v in (fp32, plain)}, bench)["a"]
+    assert found["plain"] == {"best": "fp32, plain torch", "seconds": 4.0}
+    assert "plain" not in sections.by_variant({("a", fp32): step(fp32)}, bench)["a"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("name, steps", [("detail", 7), ("local", 5), ("global", 3)])
+def test_what_is_timed_of_a_cell_is_the_cell_and_the_convolutions_that_the_model_calls(name, steps):
+    model = kernels.true_model()
+    cell, shape = model.processor.cells[name], kernels.input_shapes(model, 16)[name]
+    embedding = torch.randn(2, cell.time.in_features)
+    (x,) = kernels.randoms((2, *shape))  # raises nothing: the cell reads this shape
+    with torch.no_grad(), native.plain_torch():
+        expected, features, offset = cell(x, embedding), cell.input(x), cell.time(embedding)
+        for function in (kernels.Steps(cell), kernels.KernelSteps(cell)):
+            torch.testing.assert_close(function(features, offset), expected, rtol=1e-4, atol=1e-5)
+    (recurrent, times), *_ = [
+        (c, n) for c, n in convolutions(model, (3, 16, 16), 2).items() if not c.bias and c.input[2:] == shape[1:]
+    ]
+    assert times == steps - 1
+    seen = []
+    with mock.patch.object(kernels, "convolution_passes", lambda *found: seen.append(found) or {}):
+        assert set(kernels.cell_calls(model, name, shape, 2, compile=False)) == {"torch", "ours"}
+    assert seen == [(recurrent, times)]
+
+
+@needs_compiler
+def test_both_timed_forms_of_a_convolution_are_called_as_often_as_it_says():
+    counter = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counter[function] += 1
+            return function(*args, **(kwargs or {}))
+
+    found = kernels.convolution_passes(by_hand((8, 16), 2, 4), 3)
+    for who, (forward, backward) in {
+        "torch": (torch.ops.aten.convolution, torch.ops.aten.convolution_backward),
+        "ours": (torch.ops.liquid.convolution, torch.ops.liquid.convolution_backward),
+    }.items():
+        for part, backwards in (("forward", 0), ("training", 3)):
+            counter.clear()
+            with Count():
+                found[who][part]()
+            assert (counter[forward.default], counter[backward.default]) == (3, backwards)
+
+
+@needs_compiler
+def test_the_gradients_that_are_timed_are_those_of_all_inputs_and_weights():
+    cell = kernels.true_model().processor.detail_cell
+    inputs = kernels.randoms((2, 64, 8, 8), (2, 64))
+    ours, by_torch = (
+        kernels.both_passes(steps(cell), inputs, [cell.recurrent.weight], torch.ones(2, 32, 8, 8))
+        for steps in (kernels.KernelSteps, kernels.Steps)
+    )
+    assert not ours["forward"]().requires_grad
+    assert len(ours["training"]()) == 3
+    for one, other in zip(ours["training"](), by_torch["training"](), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item())
+
+
+@needs_compiler
+@pytest.mark.parametrize("arm", ["inspired", "unet:38k", "unet:150k"])
+def test_the_convolutions_timed_for_an_arm_are_those_that_reach_our_kernel(arm):
+    name, own = sections.ARMS[arm]
+    model, reached = build_model(name, **own), Counter()
+
+    def keep(layer, inputs, output):
+        if convolution.pays(layer, inputs[0]):
+            reached[inputs[0].shape[1:], output.shape[1:]] += 1
+
+    for layer in model.modules():
+        if isinstance(layer, Conv3x3):
+            layer.register_forward_hook(keep)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.long))
+    found = Counter()
+    for c, count in kernels.our_convolutions(arm, 16, 4).items():
+        assert c.input[0] == 4
+        found[c.input[1:], c.output[1:]] += count
+    assert found == reached and reached.total() > 3
+
+
+@needs_compiler
+def test_the_largest_errors_are_small_and_those_of_another_result_large():
+    errors = kernels.largest_errors(8, 2)
+    assert list(errors) == ["global", "local", "detail"]
+    found = [value for both in errors.values() for part in both.values() for value in part.values()]
+    assert len(found) == 3 * 2 * 4 and min(found) > 0 and max(found) < 1e-4
+    with mock.patch.object(kernels.KernelSteps, "forward", lambda self, features, offset: (
+            1.5 * kernels.Steps.forward(self, features, offset))):  # fmt: skip
+        wrong = kernels.largest_errors(8, 2)["local"]
+    assert wrong["ours"] == pytest.approx(dict.fromkeys(wrong["ours"], 0.5), rel=1e-3)
+    assert max(wrong["torch"].values()) < 1e-4
+
+
+def test_the_number_of_threads_is_given_back():
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), kernels.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        1 / 0  # noqa: B018
+    assert torch.get_num_threads() == before
+
+
+def test_where_there_is_no_kernel_the_report_says_why(monkeypatch, tiny_report):
+    report = tiny_report[1]
+    gpu = sections.measure_kernels(sections.Bench(torch.device("cuda"), 8, 8, 1, []))
+    monkeypatch.setattr(sections, "available", lambda library: False)
+    no_compiler = sections.measure_kernels(sections.Bench(torch.device("cpu"), 8, 8, 1, []))
+    for found, words in ((gpu, "CPUs"), (no_compiler, "no C++ compiler")):
+        (line,) = [
+            line for line in markdown(report | {"kernels": found}).splitlines() if "C++ kernels were not" in line
+        ]
+        assert words in line and line.endswith(".")
+
+
 def test_peak_memory_is_that_of_the_step_and_not_of_who_asks():
     """This process holds half a GiB, which the kernel would count to a child; a step of that few images needs less."""
     ballast = torch.ones(2**27)
@@ -192,11 +333,11 @@ def test_peak_memory_is_that_of_the_step_and_not_of_who_asks():
 def tiny_report(tmp_path_factory):
     """A run of all that needs no process of its own, on tiny images: (its folder, its report, what it printed)."""
     folder = tmp_path_factory.mktemp("benchmark")
-    small = {"LARGE": "unet:150k", "BATCHES": (1, 2), "SIDES": (8, 16), "ODE_STEPS": ((1, 1, 1), (2, 2, 2))}
-    small |= {"SAMPLES": 2, "SAMPLING_STEPS": 3}
+    small = {"LARGE": "unet:38k-flat", "BATCHES": (1, 2), "SIDES": (8, 16), "ODE_STEPS": ((1, 1, 1), (2, 2, 2))}
+    small |= {"SAMPLES": 2, "SAMPLING_STEPS": 3, "KERNEL_BATCHES": (1, 2)}
     bf16, once = mock.patch("runtime.hardware.cpu_flags", lambda: BF16), mock.patch.object(speed, "ROUNDS", 1)
     options = ["--device", "cpu", "--batch-size", 2, "--image-size", 8, "--seconds", 1e-6, "--no-compile"]
-    options += ["--sections", "sampling", "peers", "floor", "growth", "--output-dir", folder]
+    options += ["--sections", "sampling", "peers", "convolutions", "kernels", "growth", "--output-dir", folder]
     with mock.patch.multiple(sections, **small), bf16, once:
         code, out, err = call(benchmark, *options)
     assert code == 0, err
@@ -205,16 +346,22 @@ def tiny_report(tmp_path_factory):
 
 def test_a_run_writes_its_conditions_and_every_figure(tiny_report):
     folder, report, out = tiny_report
-    assert report["settings"]["sections"] == ["train", "sampling", "peers", "floor", "growth"]  # train is needed
+    assert report["settings"]["sections"] == ["train", "sampling", "peers", "convolutions", "kernels", "growth"]
     assert report["threads"] == torch.get_num_threads() and report["machine"].endswith("threads")
-    arms = ["true", "inspired", "unet:38k", "unet:150k"]
-    assert list(report["train"]) == list(report["sampling"]["arms"]) == list(report["floor"]["arms"]) == arms
+    arms = ["true", "inspired", "unet:38k", "unet:150k", "unet:38k-flat"]
+    assert list(report["train"]) == list(report["sampling"]["arms"]) == list(report["convolutions"]["arms"]) == arms
+    plain = ["fp32, plain torch"] if native.available(native.FP32) else []
     for arm in arms:
-        assert list(report["train"][arm]["variants"]) == ["fp32", "bf16"]
-        rate, seconds = report["train"][arm]["images_per_second"], report["train"][arm]["seconds"]
-        assert rate == pytest.approx(2 / seconds)
-        floor = report["floor"]["arms"][arm]
-        assert floor["step_over_floor_convs"] == floor["seconds_a_step"] / floor["floor_convs_seconds"]
+        trained, drawn = report["train"][arm], report["sampling"]["arms"][arm]
+        assert list(trained["variants"]) == list(drawn["variants"]) == ["fp32", "bf16", *plain]
+        for part in (trained, trained["plain"]) if plain else (trained,):
+            assert part["images_per_second"] == pytest.approx(2 / part["seconds"])
+            assert part["seconds"] == trained["variants"][part["best"]]["seconds"]
+        for part in (drawn, drawn["plain"]) if plain else (drawn,):
+            assert part["images_per_second"] == pytest.approx(2 / part["seconds"])
+        assert "plain torch" not in trained["best"] + drawn["best"]
+        alone = report["convolutions"]["arms"][arm]
+        assert alone["step_over_convolutions"] == alone["seconds_a_step"] / alone["convolutions_seconds"]
     assert list(report["peers"]["cell"]["peers"]) == [
         "ours",
         "torchdiffeq",
@@ -246,9 +393,34 @@ def test_the_ratios_are_of_what_they_say(tiny_report):
     assert "gives another output" in markdown(different)
 
 
+@needs_compiler
+def test_the_kernels_section_has_every_cell_and_layer_and_its_ratios_are_of_what_they_say(tiny_report):
+    _, report, out = tiny_report
+    found, threads = report["kernels"], sorted({1, torch.get_num_threads()})
+    rows = [(row["cell"], row["side"], row["batch_size"], row["threads"]) for row in found["cells"]]
+    cells = (("detail", 8), ("local", 4), ("global", 2))
+    assert rows == [(*cell, batch, number) for cell in cells for batch in (1, 2) for number in threads]
+    names = {"torch", "ours", "convolutions, torch", "convolutions, ours"}
+    assert all(row[part].keys() == names for row in found["cells"] for part in ("forward", "training"))
+    row = found["cells"][0]
+    over = row["training"]["ours"] / row["training"]["convolutions, torch"]
+    (line,) = [
+        line.strip("| ").split(" | ")
+        for line in out.split("steps of the cell, forward and backward")[1].split("\n\n")[0].splitlines()
+        if line.startswith(f"| detail, 32 channels, 8x8, 7 steps | 1 | {threads[0]} |")
+    ]
+    assert line[4] == "-" and line[-2] == f"{over:.3g}"  # nothing was compiled
+    assert list(found["arms"]) == ["true", "inspired", "unet:38k", "unet:150k"]
+    assert [row["layer"] for row in found["arms"]["true"]["layers"]] == [f"{name} cell's input" for name, _ in cells]
+    for arm in found["arms"].values():
+        for who in ("torch", "ours"):
+            calls = [row["calls_a_step"] * row["training"][who] for row in arm["layers"]]
+            assert arm["sum"]["training"][who] == pytest.approx(sum(calls))
+
+
 def test_memory_processes_and_start_are_run_by_their_sections(tmp_path, monkeypatch):
     """What they do takes processes of its own and is tested apart; here that their figures reach the table."""
-    monkeypatch.setattr(sections, "LARGE", "unet:150k")
+    monkeypatch.setattr(sections, "LARGE", "unet:38k-flat")
     monkeypatch.setattr(sections, "peak_memory", lambda *_: {"peak_bytes": 3 * 2**30, "step_bytes": 2**30})
     monkeypatch.setattr(sections, "one_against_two", lambda *_: {"two_over_one": 1.25})
     monkeypatch.setattr(sections, "sampling_command", lambda *_: {"seconds": 12.5})

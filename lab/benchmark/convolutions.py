@@ -1,11 +1,11 @@
-"""A lower limit for the time of a training step: its convolutions alone, each in the fastest form on this machine.
+"""A measure to compare a training step with: its convolutions alone, each a call of torch in its fastest form.
 
     counts = convolutions(model, (3, 32, 32), batch_size=64)     # each distinct convolution, and how often it is called
-    seconds, table = floor_seconds(counts, torch.device("cpu"), seconds=0.1)
+    seconds, table = seconds_alone(counts, torch.device("cpu"), seconds=0.1)
 
 Each convolution is timed at its real shape, forward and backward, and counted as often as a training step calls it:
-once per step of an ODE. Everything else (activations, normalisation, optimizer, batches) is left out. The report calls
-this limit the floor.
+once per step of an ODE. Everything else (activations, normalisation, optimizer, batches) is left out. This is no lower
+limit: a kernel that computes all steps of a cell at once, and with fewer products, can take less time.
 """
 
 import itertools
@@ -107,7 +107,7 @@ def passes(c: Convolution, device: torch.device, precision: str, layout: str) ->
 
 @contextmanager
 def any_algorithm() -> Iterator[None]:
-    """Allow algorithms in the block that do not give the same bytes each time; a lower limit may use them."""
+    """Allow algorithms in the block that do not give the same bytes each time; torch's fastest form may use them."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
@@ -116,7 +116,7 @@ def any_algorithm() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=True)
 
 
-def floor_seconds(counts: Counter[Convolution], device: torch.device, seconds: float) -> tuple[float, list[dict]]:
+def seconds_alone(counts: Counter[Convolution], device: torch.device, seconds: float) -> tuple[float, list[dict]]:
     """(seconds that the convolutions of a training step take, a table with each one's time in all forms).
 
     A form is a precision and a memory layout. As in a model, both passes of a convolution have the same form: that with

@@ -7,6 +7,7 @@ from typing import Any
 from runtime.files import save_figure
 
 Report = dict[str, Any]
+PASSES = {"forward": "forward", "training": "forward and backward"}  # their names in the tables
 SAME_OUTPUT = 1e-4  # of the largest value: larger differences do not come from rounding
 
 
@@ -26,20 +27,22 @@ def goals(report: Report) -> list[tuple[str, float | None, str]]:
     """(name, value, unit) of the most important figures; the value is None if its section was left out."""
     batch = report["settings"]["batch_size"]
     speed = {arm: dig(part, "images_per_second") for arm, part in report.get("train", {}).items()}
+    by_torch = dig(report, "train", "true", "plain", "images_per_second")
     cells = {name: dig(part, "seconds") for name, part in (dig(report, "peers", "cell", "peers") or {}).items()}
     steps = {name: dig(part, "seconds") for name, part in (dig(report, "peers", "train_step") or {}).items()}
     drawing = {arm: dig(part, "seconds") for arm, part in (dig(report, "sampling", "arms") or {}).items()}
-    limits = dig(report, "floor", "arms", "true") or {}
+    alone = dig(report, "convolutions", "arms", "true") or {}
     memory = [part for part in (dig(report, "memory", "true") or {}).values() if "peak_bytes" in part]
     least = min(memory, key=lambda part: part["peak_bytes"], default={})
     peak, own = least.get("peak_bytes"), least.get("step_bytes")
     ours = cells.get("ours")
     drawn = "{images} images in {steps} steps".format(**report["sampling"]) if "sampling" in report else "images"
     return [
-        (f"training step over its convolutions alone, batch {batch}", limits.get("step_over_floor_convs"), "x"),
-        ("training step over its multiply-adds at matrix rate", limits.get("step_over_matrix_rate"), "x"),
-        ("training step over its convolutions' bytes at copy bandwidth", limits.get("step_over_copy_bandwidth"), "x"),
+        (f"training step over its convolutions alone, batch {batch}", alone.get("step_over_convolutions"), "x"),
+        ("training step over its multiply-adds at matrix rate", alone.get("step_over_matrix_rate"), "x"),
+        ("training step over its convolutions' bytes at copy bandwidth", alone.get("step_over_copy_bandwidth"), "x"),
         ("training images/s over `unet:38k`'s", ratio(speed.get("true"), speed.get("unet:38k")), "x"),
+        ("training images/s over those by plain torch", ratio(speed.get("true"), by_torch), "x"),
         (
             "training step with cells driven by torchdiffeq, over ours",
             ratio(steps.get("torchdiffeq"), steps.get("ours")),
@@ -87,46 +90,122 @@ def markdown(report: Report) -> str:
         f"at the start; {', '.join(f'{name} {version}' for name, version in versions.items())}. Batch "
         f"{settings['batch_size']}, random images 3x{side}x{side}. Medians over rounds of {settings['seconds']:g} s, "
         "taken in turn after a warm-up. Every model and cell is shown in its fastest variant of fp32 and bf16"
-        + (" (nothing was compiled)." if settings["no_compile"] else ", as written and compiled."),
+        + (" (nothing was compiled)." if settings["no_compile"] else ", as written and compiled.")
+        + (" Plain torch means: without our C++ kernels." if dig(report, "train", "true", "plain") else ""),
         "",
         *table(("of the true liquid model", "value", "unit"), goals(report)),
     ]
     if (dig(report, "peers", "torchdiffeq_largest_difference") or 0) > SAME_OUTPUT:
         lines += ["**The cell driven by torchdiffeq gives another output, so its times mean nothing.**", ""]
-    return "\n".join(lines + models(report) + lower_limits(report) + cells(report) + growth(report))
+    for section in (models, speeds, convolutions_alone, kernels, cells, growth):
+        lines += section(report)
+    return "\n".join(lines)
+
+
+def arms(report: Report) -> list[str]:
+    """The arms that were trained, drawn from, or whose memory was measured."""
+    return list({**report.get("train", {}), **(dig(report, "sampling", "arms") or {}), **report.get("memory", {})})
 
 
 def models(report: Report) -> list[str]:
-    """One row per arm: its size, speed and memory."""
-    named: list[str] = [*report.get("train", {}), *(dig(report, "sampling", "arms") or {}), *report.get("memory", {})]
-    arms = dict.fromkeys(named)
+    """One row per arm: its size and memory."""
     rows = []
-    for arm in arms:
-        train, draw = (dig(report, *keys, arm) or {} for keys in (("train",), ("sampling", "arms")))
-        peaks = {p: (dig(report, "memory", arm, p, "peak_bytes") or 0) / 2**20 or None for p in ("fp32", "bf16")}
-        timed = (
-            f" ({draw['steps_timed']} steps timed)"
-            if dig(draw, "steps_timed") != dig(report, "sampling", "steps")
-            else ""
-        )
-        rows.append(
-            (f"`{arm}`", train.get("parameters"), train.get("multiply_adds"), train.get("images_per_second"),
-             train.get("best"), draw.get("seconds"), draw.get("best") and draw["best"] + timed, *peaks.values())
-        )  # fmt: skip
-    head = ("model", "parameters", "multiply-adds per image", "training images/s", "variant", "sampling s", "variant")
-    return table((*head, "peak MiB fp32", "peak MiB bf16"), rows) if rows else []
-
-
-def lower_limits(report: Report) -> list[str]:
-    """One row per arm: its training step, its convolutions alone, and the ratios to what the machine could do."""
-    rows = [
-        (f"`{arm}`", part["variant"], 1e3 * part["seconds_a_step"], 1e3 * part["floor_convs_seconds"],
-         part["step_over_floor_convs"], part["step_over_matrix_rate"], part["step_over_copy_bandwidth"])
-        for arm, part in (dig(report, "floor", "arms") or {}).items()
-    ]  # fmt: skip
-    head = ("model", "variant", "training step ms", "convolutions ms", "step over convolutions", "over matrix rate",
-            "over copy bandwidth")  # fmt: skip
+    for arm in arms(report):
+        train = dig(report, "train", arm) or {}
+        peaks = ((dig(report, "memory", arm, p, "peak_bytes") or 0) / 2**20 or None for p in ("fp32", "bf16"))
+        rows.append((f"`{arm}`", train.get("parameters"), train.get("multiply_adds"), *peaks))
+    head = ("model", "parameters", "multiply-adds per image", "peak MiB fp32", "peak MiB bf16")
     return table(head, rows) if rows else []
+
+
+def speeds(report: Report) -> list[str]:
+    """One row per arm: how fast it trains and draws, as everybody runs it and by plain torch."""
+    rows = []
+    for arm in arms(report):
+        train, draw = (dig(report, *keys, arm) or {} for keys in (("train",), ("sampling", "arms")))
+        rate, by_torch = (dig(train, *keys, "images_per_second") for keys in ((), ("plain",)))
+        whole = dig(draw, "steps_timed") == dig(report, "sampling", "steps")
+        timed = "" if whole else f" ({draw['steps_timed']} steps timed)"
+        rows.append(
+            (f"`{arm}`", rate, train.get("best"), by_torch, dig(train, "plain", "best"), ratio(rate, by_torch),
+             draw.get("seconds"), draw.get("best") and draw["best"] + timed, dig(draw, "plain", "seconds"),
+             dig(draw, "plain", "best"))
+        )  # fmt: skip
+    head = ("model", "training images/s", "variant", "images/s by plain torch", "variant", "gain", "sampling s",
+            "variant", "sampling s by plain torch", "variant")  # fmt: skip
+    return table(head, rows) if rows else []
+
+
+def convolutions_alone(report: Report) -> list[str]:
+    """One row per arm: its training step over its convolutions alone by torch, and over two rates of the machine."""
+    rows = [
+        (f"`{arm}`", part["variant"], 1e3 * part["seconds_a_step"], 1e3 * part["convolutions_seconds"],
+         part["step_over_convolutions"], part["step_over_matrix_rate"], part["step_over_copy_bandwidth"])
+        for arm, part in (dig(report, "convolutions", "arms") or {}).items()
+    ]  # fmt: skip
+    head = ("model", "variant", "training step ms", "convolutions alone ms", "step over convolutions",
+            "over matrix rate", "over copy bandwidth")  # fmt: skip
+    return table(head, rows) if rows else []
+
+
+def kernels(report: Report) -> list[str]:
+    """The tables of our C++ kernels, or why there are none."""
+    found = report.get("kernels", {})
+    if "reason" in found:
+        return [f"Our C++ kernels were not timed: {found['reason']}.", ""]
+    return kernel_cells(found) + kernel_errors(found) + kernel_layers(found) if found else []
+
+
+def kernel_cells(found: Report) -> list[str]:
+    """For each pass, one row per cell, batch size and number of threads: its steps, and the convolutions among them."""
+    lines, names = [], ("torch", "compiled", "convolutions, torch", "ours", "convolutions, ours")
+    for part, title in PASSES.items():
+        rows = []
+        for row in found["cells"]:
+            times = row[part]
+            what = f"{row['cell']}, {row['channels']} channels, {row['side']}x{row['side']}, {row['steps']} steps"
+            alone = times["convolutions, torch"]
+            rows.append(
+                (what, row["batch_size"], row["threads"], *(milliseconds(times.get(name)) for name in names),
+                 ratio(times["ours"], alone), ratio(times["convolutions, ours"], alone))
+            )  # fmt: skip
+        head = (f"steps of the cell, {title}", "batch", "threads", "torch ms", "torch, compiled ms",
+                "their convolutions by torch ms", "our cell ms", "their convolutions by ours ms",
+                "our cell over torch's convolutions", "our convolutions over torch's")  # fmt: skip
+        lines += table(head, rows)
+    return lines
+
+
+def kernel_errors(found: Report) -> list[str]:
+    """One row per cell and who computed it: the largest errors against torch in double precision."""
+    rows = [
+        (f"{cell}, {who}", *errors.values())
+        for cell, both in found["largest_errors"].items()
+        for who, errors in both.items()
+    ]
+    gradients = (f"gradient of the {name}" for name in ("features", "offset", "weight"))
+    return table(("largest error of the cell's steps, over the largest value", "output", *gradients), rows)
+
+
+def kernel_layers(found: Report) -> list[str]:
+    """One row per layer that our kernels compute besides the cells' steps, and one per arm: a training step's sum."""
+    rows = []
+    for arm, part in found["arms"].items():
+        named = [
+            (f"{row['layer']}, {row['inputs']} to {row['outputs']} channels, {row['side']}x{row['side']}", row)
+            for row in part["layers"]
+        ]
+        for name, row in [*named, ("all calls of a training step", part["sum"])]:
+            times = [(row[p]["torch"], row[p]["ours"]) for p in PASSES]
+            figures = [x for a, b in times for x in (milliseconds(a), milliseconds(b), ratio(b, a))]
+            rows.append((f"`{arm}`: {name}", row["calls_a_step"], *figures))
+    columns = [f"{title}, {what}" for title in PASSES.values() for what in ("torch ms", "ours ms", "ours over torch")]
+    return table(("layer", "calls per step", *columns), rows)
+
+
+def milliseconds(seconds: float | None) -> float | None:
+    """The same time, if it was measured."""
+    return seconds and 1e3 * seconds
 
 
 def cells(report: Report) -> list[str]:

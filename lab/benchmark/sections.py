@@ -7,15 +7,16 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from choices import ARMS
 from diffusion import DDPMScheduler, sample_images
-from kernels.compilation import compiled, is_compiler_failure
-from lab.benchmark import convolutions, peers
+from kernels.compilation import compiled, compiler_failure, is_compiler_failure
+from kernels.native import AMX, FP32, available, plain_torch
+from lab.benchmark import convolutions, kernels, peers
 from lab.benchmark.processes import one_against_two, peak_memory, sampling_command, synthetic_images
 from lab.speed import in_turn, train_step
 from liquid_diffusion import TrueLiquidDiffusionModel
@@ -24,9 +25,11 @@ from runtime.errors import reason
 from runtime.hardware import has_bf16, is_out_of_memory
 from training.config import TrainConfig
 
-SMALL = ("true", "inspired", "unet:38k")
-LARGE = "unet:35.7m"  # the network of DDPM, too expensive for the section `growth`
+GROWING = ("true", "inspired", "unet:38k")  # timed at each size, and compiled anew for it
+SMALL = (*GROWING, "unet:150k")
+LARGE = "unet:35.7m"  # the network of DDPM
 BATCHES = (8, 32, 128, 512)
+KERNEL_BATCHES = (8, 64)
 SIDES = (16, 32, 64)
 ODE_STEPS = ((1, 1, 1), (3, 5, 7), (6, 10, 14), (12, 20, 28))
 SAMPLES, SAMPLING_STEPS = 64, 50
@@ -39,9 +42,14 @@ class Variant:
 
     precision: str
     compile: bool
+    plain: bool = False  # by torch alone, without our C++ kernels
 
     def __str__(self) -> str:
-        return f"{self.precision}, compiled" if self.compile else self.precision
+        return self.precision + ", compiled" * self.compile + ", plain torch" * self.plain
+
+    def run(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call, which has this precision and compilation itself, with or without our kernels."""
+        return plain_torch()(call) if self.plain else call
 
 
 @dataclass
@@ -54,6 +62,13 @@ class Bench:
     seconds: float
     variants: list[Variant]
     best: dict[str, Variant] = field(default_factory=dict)
+
+    @property
+    def readings(self) -> list[Variant]:
+        """The variants, and again by plain torch those for which this machine has kernels of ours."""
+        libraries = {"fp32": FP32, "bf16": AMX} if self.device.type == "cpu" else {}
+        twice = [v for v in self.variants if v.precision in libraries and available(libraries[v.precision])]
+        return self.variants + [replace(v, plain=True) for v in twice]
 
     def config(self, arm: str, variant: Variant, batch_size: int | None = None, **model_config) -> TrainConfig:
         """The configuration for training an arm on synthetic images."""
@@ -91,30 +106,40 @@ def measured(calls: dict, bench: Bench) -> dict:
 
 
 def by_variant(calls: dict, bench: Bench) -> dict[str, dict]:
-    """Time calls {(name, variant): call} in turn: for each name its fastest variant, the seconds, and all variants."""
-    found, report = measured(calls, bench), {}
+    """Time calls {(name, variant): call} in turn: for each name its fastest variant, the seconds, and all variants.
+
+    Those by plain torch are no variants that a user runs: they have a fastest one of their own, under "plain".
+    """
+    found, report = measured({(name, v): v.run(call) for (name, v), call in calls.items()}, bench), {}
     for name in dict.fromkeys(name for name, _ in calls):
         variants = {variant: found[name, variant] for other, variant in calls if other == name}
-        worked = [variant for variant, value in variants.items() if "seconds" in value]
-        best = min(worked, key=lambda v: variants[v]["seconds"]) if worked else None
-        report[name] = {
-            "best": best and str(best),
-            "seconds": best and variants[best]["seconds"],
-            "variants": {str(variant): value for variant, value in variants.items()},
-        }
+        as_run = [v for v in variants if not v.plain]
+        report[name] = fastest(variants, as_run)
+        if len(as_run) < len(variants):
+            # a variant for which there is no kernel is plain torch already
+            without = [v for v in variants if replace(v, plain=True) == v or replace(v, plain=True) not in variants]
+            report[name]["plain"] = fastest(variants, without)
+        report[name]["variants"] = {str(variant): value for variant, value in variants.items()}
     return report
 
 
+def fastest(times: dict[Variant, dict], among: list[Variant]) -> dict:
+    """The name and the seconds of the fastest variant among these; None if none of them works here."""
+    best = min((v for v in among if "seconds" in times[v]), key=lambda v: times[v]["seconds"], default=None)
+    return {"best": best and str(best), "seconds": best and times[best]["seconds"]}
+
+
 def measure_train(bench: Bench) -> dict:
-    """Training steps of every arm."""
+    """Training steps of every arm, as everybody runs them and by plain torch."""
     report = {}
-    calls = {(arm, v): bench.step(bench.config(arm, v)) for arm in (*SMALL, LARGE) for v in bench.variants}
+    calls = {(arm, v): bench.step(bench.config(arm, v)) for arm in (*SMALL, LARGE) for v in bench.readings}
     for arm, found in by_variant(calls, bench).items():
         model = build_model(ARMS[arm][0], **ARMS[arm][1])
+        for part in both_readings(found):
+            part["images_per_second"] = part["seconds"] and bench.batch_size / part["seconds"]
         report[arm] = {
             "parameters": count_parameters(model),
             "multiply_adds": multiply_adds(model, (3, bench.side, bench.side)),
-            "images_per_second": found["seconds"] and bench.batch_size / found["seconds"],
             **found,
         }
         if found["best"]:
@@ -122,13 +147,18 @@ def measure_train(bench: Bench) -> dict:
     return report
 
 
+def both_readings(found: dict) -> list[dict]:
+    """Of what `by_variant` found for a name: as everybody runs it, and by plain torch if that was timed."""
+    return [found, *([found["plain"]] if "plain" in found else [])]
+
+
 def measure_sampling(bench: Bench) -> dict:
-    """Sampling of SAMPLES images in SAMPLING_STEPS steps, by every arm."""
+    """Sampling of SAMPLES images in SAMPLING_STEPS steps, by every arm, as everybody runs it and by plain torch."""
     scheduler, shape = DDPMScheduler(), (3, bench.side, bench.side)
     networks = {}
     for arm in (*SMALL, LARGE):
         model = build_model(ARMS[arm][0], **ARMS[arm][1]).to(bench.device).to(memory_format=torch.channels_last).eval()
-        networks |= {(arm, v): compiled(model) if v.compile else model for v in bench.variants}
+        networks |= {(arm, v): compiled(model) if v.compile else model for v in bench.readings}
 
     def sampling(arm: str, variant: Variant, steps: int) -> Callable[[], None]:
         def draw() -> None:
@@ -146,10 +176,11 @@ def measure_sampling(bench: Bench) -> dict:
         whole = SAMPLING_STEPS / 2 * (time.perf_counter() - started)
         steps[arm] = max(2, min(SAMPLING_STEPS, int(SAMPLING_STEPS * LONGEST_SAMPLING / whole)))
     report = by_variant({(arm, v): sampling(arm, v, steps[arm]) for arm, v in networks}, bench)
-    for arm, part in report.items():
-        scale = SAMPLING_STEPS / steps[arm]
-        part |= {"steps_timed": steps[arm], "seconds": part["seconds"] and scale * part["seconds"]}
-        part["images_per_second"] = part["seconds"] and SAMPLES / part["seconds"]
+    for arm, found in report.items():
+        found["steps_timed"] = steps[arm]
+        for part in both_readings(found):
+            part["seconds"] = part["seconds"] and SAMPLING_STEPS / steps[arm] * part["seconds"]
+            part["images_per_second"] = part["seconds"] and SAMPLES / part["seconds"]
     return {"images": SAMPLES, "steps": SAMPLING_STEPS, "sampler": "dpmpp", "arms": report}
 
 
@@ -187,8 +218,8 @@ def measure_peers(bench: Bench) -> dict:
     }
 
 
-def measure_floor(bench: Bench) -> dict:
-    """Training steps over three lower limits: their convolutions alone, the matrix rate, and the copy bandwidth."""
+def measure_convolutions(bench: Bench) -> dict:
+    """Training steps over three measures: their convolutions alone, the matrix rate, and the copy bandwidth."""
     precision = "bf16" if has_bf16(bench.device) else "fp32"
     rates = {p: convolutions.matrix_rate(bench.device, p, bench.seconds) for p in dict.fromkeys(("fp32", precision))}
     bandwidth = convolutions.copy_bandwidth(bench.device, bench.seconds)
@@ -198,7 +229,7 @@ def measure_floor(bench: Bench) -> dict:
         counts = convolutions.convolutions(model, shape, bench.batch_size)
         step = {"": bench.step(bench.config(arm, bench.best[arm]))}
         rounds = in_turn(step, bench.device, bench.seconds)[""]
-        alone, table = convolutions.floor_seconds(counts, bench.device, bench.seconds / 10)
+        alone, table = convolutions.seconds_alone(counts, bench.device, bench.seconds / 10)
         rounds += in_turn(step, bench.device, bench.seconds)[""]  # again, in case the machine has slowed down
         # the rest are linear layers and attention, whose backward pass costs two forward passes
         rest = bench.batch_size * multiply_adds(model, shape) - sum(n * c.multiply_adds for c, n in counts.items())
@@ -209,8 +240,8 @@ def measure_floor(bench: Bench) -> dict:
             "variant": str(bench.best[arm]),
             "seconds_a_step": seconds,
             "rounds": rounds,
-            "floor_convs_seconds": alone,
-            "step_over_floor_convs": seconds / alone,
+            "convolutions_seconds": alone,
+            "step_over_convolutions": seconds / alone,
             "multiply_adds_a_step": work,
             "step_over_matrix_rate": seconds * max(rates.values()) / work,
             "convolution_bytes_a_step": moved,
@@ -220,9 +251,24 @@ def measure_floor(bench: Bench) -> dict:
     return report
 
 
+def measure_kernels(bench: Bench) -> dict:
+    """Our C++ kernels against torch on a CPU in fp32: the liquid cells, their inputs, and the plain convolutions."""
+    if bench.device.type != "cpu":
+        return {"reason": "they are written for CPUs"}
+    if not available(FP32):
+        return {"reason": "no C++ compiler works here"}
+    compile_ = any(v.compile for v in bench.variants) and compiler_failure(bench.device) is None
+    seconds = bench.seconds / 10  # there are many calls
+    return {
+        "cells": kernels.cells(bench.side, KERNEL_BATCHES, seconds, compile_),
+        "largest_errors": kernels.largest_errors(bench.side),
+        "arms": kernels.layers([arm for arm in SMALL if arm != "true"], bench.side, bench.batch_size, seconds),
+    }
+
+
 def measure_growth(bench: Bench) -> dict:
     """Training speed by batch size, image size and number of ODE steps, with each arm in its fastest variant."""
-    arms = [arm for arm in SMALL if arm in bench.best]
+    arms = [arm for arm in GROWING if arm in bench.best]
 
     def rates(batch_size: int, side: int) -> dict:
         torch._dynamo.reset()  # compile every size by itself, and keep nothing of the last one
@@ -277,7 +323,8 @@ SECTIONS: dict[str, Callable[[Bench], dict]] = {
     "train": measure_train,
     "sampling": measure_sampling,
     "peers": measure_peers,
-    "floor": measure_floor,
+    "convolutions": measure_convolutions,
+    "kernels": measure_kernels,
     "growth": measure_growth,
     "memory": measure_memory,
     "processes": measure_processes,
