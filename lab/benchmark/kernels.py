@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from choices import ARMS
 from kernels import liquid_kernel
 from kernels.compilation import compiled
 from kernels.convolution import pays
@@ -24,7 +25,7 @@ from kernels.native import plain_torch
 from lab.benchmark.convolutions import Convolution, convolutions, passes
 from lab.speed import in_turn
 from liquid_diffusion import InputConv, RealLiquidCell, TrueLiquidDiffusionModel
-from models import ARMS, build_model
+from models import build_model
 
 CPU = torch.device("cpu")
 PASSES = ("forward", "training")
