@@ -149,6 +149,16 @@ struct Input {
 
 INLINE vec moved(vec h, vec z, vec share) { return h + share * (z * sigmoid(z) - h); }
 
+void clear_border(const Cell& g, float* padded) {  // all but the pixels
+    const size_t row = g.row();
+    memset(padded, 0, row * sizeof(float));
+    for (int y = 0; y < g.height; y++) {
+        float* pixels = padded + g.inside(y);
+        memset(pixels - g.wide(), 0, g.wide() * sizeof(float));
+        memset(pixels + g.line(), 0, (row - g.line() - g.wide()) * sizeof(float));
+    }
+    memset(padded + (g.height + 1) * row, 0, (g.padded() - (g.height + 1) * row) * sizeof(float));
+}
 void copy_rows(const Cell& g, const Band& band, const float* pixels, float* padded) {  // null pixels: zeros
     for (int y = band.first; y < band.last; y++) {
         float* to = padded + g.inside(y);
@@ -285,8 +295,7 @@ bool cell_forward(int threads, int images, int channels, int height, int width, 
             const Band band(g, team);
             g.weights().transform(weight, weights, false, false);
             const int mine = team.group;
-            if (team.index == 0 && mine < team.groups)
-                memset(now[mine], 0, g.padded() * sizeof(float)), memset(next[mine], 0, g.padded() * sizeof(float));
+            if (team.index == 0 && mine < team.groups) clear_border(g, now[mine]), clear_border(g, next[mine]);
             team.wait();
             team.each(images, [&](int image) {
                 const bool busy = image >= 0;
@@ -345,8 +354,9 @@ bool cell_backward(int threads, int images, int channels, int height, int width,
             g.weights().transform(weight, exchanged, true, false);
             const int mine = team.group, me = team.thread;
             memset(points[me], 0, g.weights().all() * sizeof(float));
-            for (float* border : {before[me], after[me]}) memset(border, 0, g.padded() * sizeof(float));
-            if (team.index == 0 && mine < team.groups) memset(states[mine], 0, steps * g.padded() * sizeof(float));
+            clear_border(g, before[me]), clear_border(g, after[me]);
+            for (int k = 0; k < steps && team.index == 0 && mine < team.groups; k++)
+                clear_border(g, states[mine] + k * g.padded());
             team.wait();
             team.each(images, [&](int image) {
                 const bool busy = image >= 0;
