@@ -22,20 +22,22 @@ from training.config import TrainConfig
 LONG_WORK = 1e13  # multiply-adds of training on a CPU: about five minutes of two cores
 LONG_STEPS = 6000  # steps on a GPU, where a step that is not compiled waits for its launches
 LONG_MINUTES = {"cpu": 5.0, "cuda": 2.0}
+LONGER_WITH_KERNELS = 6  # times: what our kernels compute is no faster when the rest is compiled (LOG.md: 0 to 7 %)
 
 
 def resolved(config: TrainConfig, model: Denoiser, data: ImageData, processes: Processes) -> TrainConfig:
     """`config` with every `auto` replaced.
 
-    Precision is bf16 where that is faster. A long run is compiled if there is a compiler. Processes
-    that differ take the choice that suits them all.
+    Precision is bf16 where that is faster. A long run is compiled if there is a compiler. Processes that differ take
+    the choice that suits them all.
     """
     precision, compile_ = config.precision, config.compile
     if precision == "auto":
         missing = processes.agree(float(not bf16_is_faster(processes.device)))[0]
         precision = "fp32" if missing else "bf16"
     if compile_ == "auto":
-        worthwhile = is_long(config, model, data, processes.device.type)
+        worthwhile = is_long(replace(config, precision=precision), model, data, processes.device.type)
+        worthwhile = not processes.agree(float(not worthwhile))[0]
         failure = compiler_failure(processes.device) if worthwhile else None
         if failure is not None and processes.is_main:
             print(f"the network is not compiled: no compiler works here ({reason(failure)})", flush=True)
@@ -55,12 +57,14 @@ def bf16_is_faster(device: torch.device) -> bool:
 
 
 def is_long(config: TrainConfig, model: Denoiser, data: ImageData, device: str) -> bool:
-    """Whether the run is long enough for compiling to pay."""
+    """Whether the run is long enough for compiling to pay. config: with its precision decided."""
     if device not in LONG_MINUTES:
         return False
+    kernels = device == "cpu" and config.precision == "fp32" and native.available(native.FP32)
+    times = LONGER_WITH_KERNELS if kernels else 1
     steps = config.total_steps(len(data.train))
     if steps is None:
-        return (config.minutes or 0) >= LONG_MINUTES[device]
+        return (config.minutes or 0) >= times * LONG_MINUTES[device]
     if device == "cuda":
         return steps >= LONG_STEPS
-    return steps * config.batch_size * training_multiply_adds(model, data.shape) >= LONG_WORK
+    return steps * config.batch_size * training_multiply_adds(model, data.shape) >= times * LONG_WORK
