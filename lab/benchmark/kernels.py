@@ -214,7 +214,7 @@ def our_convolutions(arm: str, side: int, batch_size: int) -> dict[Convolution, 
         c: count
         for c, count in counts.items()
         if (c.weight[2:], c.options) == ((3, 3), SAME_SIZE)
-        and pays(nn.Conv2d(c.weight[1], c.weight[0], 3), torch.empty(0))
+        and pays(nn.Conv2d(c.weight[1], c.weight[0], 3), torch.empty(c.input))
     }
 
 
