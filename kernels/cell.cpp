@@ -299,15 +299,13 @@ bool cell_forward(int threads, int images, int channels, int height, int width, 
             team.wait();
             team.each(images, [&](int image) {
                 const bool busy = image >= 0;
+                const Input input{features + image * pixels * 2 * channels, offset + (int64_t)image * 2 * channels};
                 float *from = now[mine], *to = next[mine], *d = drive[mine], *a = share[mine];
                 if (busy) {
-                    Input{features + image * pixels * 2 * channels, offset + (size_t)image * 2 * channels}.read(g, band,
-                                                                                                                d, a);
+                    input.read(g, band, d, a);
                     copy_rows(g, band, h ? h + image * pixels * channels : nullptr, from);
-                    team.wait();
-                } else {
-                    team.wait();
                 }
+                team.wait();
                 for (int k = 0; k < steps; k++) {
                     if (busy && k == 0 && !h)
                         step_from(g, band, d, from, a, to);

@@ -9,7 +9,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.native import FP32, call, differentiable, empty_pixels, operator, pixels, ready
+from kernels.native import FP32, call, empty_pixels, operator, pixels, ready
 
 LAYERS = "Tensor depth_weight, Tensor depth_bias, Tensor point_weight"
 
@@ -25,7 +25,7 @@ def input_conv(x: Tensor, depthwise: nn.Conv2d, pointwise: nn.Conv2d, eps: float
     depthwise: a 3x3 convolution of each channel by itself, pointwise: a 1x1 convolution, both with a bias.
     """
     layers = (depthwise.weight, depthwise.bias, pointwise.weight, pointwise.bias)
-    return torch.ops.liquid.input_conv(x, *layers, eps)[0]
+    return _input_conv(x, *layers, eps)[0]
 
 
 def _features(x, depth_weight, depth_bias, point_weight, *_):
@@ -65,10 +65,10 @@ def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward(ctx, gradient: Tensor, _) -> tuple:
-    return *torch.ops.liquid.input_conv_backward(gradient, *ctx.saved_tensors), None
+    return *_input_conv_backward(gradient, *ctx.saved_tensors), None
 
 
-differentiable("input_conv", _keep, _backward)
+_input_conv.differentiate(_keep, _backward)
 
 
 def _numbers(x: Tensor, features: Tensor) -> list[int]:

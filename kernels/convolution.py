@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.native import FP32, call, differentiable, empty_pixels, operator, pixels, ready
+from kernels.native import FP32, call, empty_pixels, operator, pixels, ready
 
 
 class Conv3x3(nn.Conv2d):
@@ -17,7 +17,7 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if pays(self, x):
-            return torch.ops.liquid.convolution(x, self.weight, self.bias)
+            return _convolution(x, self.weight, self.bias)
         return super().forward(x)
 
 
@@ -79,8 +79,8 @@ def _keep(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
     of_input, _, of_bias = ctx.needs_input_grad
-    of_x, of_weight = torch.ops.liquid.convolution_backward(gradient, *ctx.saved_tensors, of_input)
+    of_x, of_weight = _convolution_backward(gradient, *ctx.saved_tensors, of_input)
     return of_x if of_input else None, of_weight, gradient.sum((0, 2, 3)) if of_bias else None
 
 
-differentiable("convolution", _keep, _backward)
+_convolution.differentiate(_keep, _backward)

@@ -12,7 +12,7 @@ in bf16 they run on the matrix unit of those that have one (amx_cell.cpp: Intel 
 import torch
 from torch import Tensor
 
-from kernels.native import AMX, FP32, call, differentiable, empty_pixels, lanes, operator, pixels, ready
+from kernels.native import AMX, FP32, call, empty_pixels, lanes, operator, pixels, ready
 
 MOST_CHANNELS = {torch.float32: 64, torch.bfloat16: 32}  # the AMX kernel has room for no more
 SOLVERS = ("euler", "semi-implicit", "exponential")  # in the order of the kernels' schemes
@@ -43,9 +43,9 @@ def integrate(
     and the logit of tau = tau_min + (tau_max - tau_min) sigmoid(logit). weight is W_rec, (C, C, 3, 3).
     """
     if features.dtype == torch.bfloat16:
-        return torch.ops.liquid.integrate_amx(h, features, offset, weight, num_steps, solver, dt, *tau_range)
+        return _integrate_amx(h, features, offset, weight, num_steps, solver, dt, *tau_range)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (h, features, offset, weight))
-    return torch.ops.liquid.integrate(h, features, offset, weight, num_steps, solver, dt, *tau_range, keep)[0]
+    return _integrate(h, features, offset, weight, num_steps, solver, dt, *tau_range, keep)[0]
 
 
 # --- fp32 ------------------------------------------------------------------------------------------------------------
@@ -92,11 +92,11 @@ def _keep(ctx, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
 
 def _backward(ctx, gradient: Tensor, _) -> tuple:
     h, features, offset, weight, *kept = ctx.saved_tensors
-    of_h, *others = torch.ops.liquid.integrate_backward(gradient, h, features, offset, weight, kept, *ctx.cell)
+    of_h, *others = _integrate_backward(gradient, h, features, offset, weight, kept, *ctx.cell)
     return None if h is None else of_h, *others, *(None for _ in ctx.cell), None
 
 
-differentiable("integrate", _keep, _backward)
+_integrate.differentiate(_keep, _backward)
 
 
 def _for_fp32(h: Tensor | None, features: Tensor, offset: Tensor, weight: Tensor) -> list[Tensor | None]:
@@ -148,12 +148,12 @@ def _keep_amx(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _backward_amx(ctx, gradient: Tensor) -> tuple:
     tensors = ctx.saved_tensors
-    gradients = torch.ops.liquid.integrate_amx_backward(gradient, *tensors, *ctx.cell)
+    gradients = _integrate_amx_backward(gradient, *tensors, *ctx.cell)
     of_tensors = [None if x is None else g.to(x.dtype) for x, g in zip(tensors, gradients, strict=True)]
     return *of_tensors, *(None for _ in ctx.cell)
 
 
-differentiable("integrate_amx", _keep_amx, _backward_amx)
+_integrate_amx.differentiate(_keep_amx, _backward_amx)
 
 
 def _for_amx(h: Tensor | None, features: Tensor, offset: Tensor, weight: Tensor) -> list[Tensor | None]:
