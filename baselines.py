@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import Denoiser
-from kernels.convolution import use_kernel
+from kernels.convolution import Conv3x3, use_kernel
 from liquid_diffusion import (
     STEP_FRACTION,
     InputConv,
@@ -136,7 +136,7 @@ class UntiedCell(RealLiquidCell):
         super().__init__(in_channels, channels, embedding_dim, **options)
         if self.solver not in STEP_FRACTION:
             raise ValueError(f"solver: untied steps need one of {', '.join(STEP_FRACTION)}, got {self.solver!r}")
-        steps = [nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(self.num_steps - 1)]
+        steps = [Conv3x3(channels, channels, bias=False) for _ in range(self.num_steps - 1)]
         for step in steps:
             nn.init.orthogonal_(step.weight, gain=0.8)
         self.recurrent = nn.ModuleList(steps)

@@ -120,7 +120,7 @@ class RealLiquidCell(nn.Module):
         self.set_solver(solver, num_steps)
         self.input = InputConv(in_channels, 2 * channels)  # for the drive and for the logit of tau
         self.time = nn.Linear(embedding_dim, 2 * channels, bias=False)
-        self.recurrent = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.recurrent = Conv3x3(channels, channels, bias=False)
         # orthogonal rows of norm 0.8: an untrained cell's state stays near its drive
         nn.init.orthogonal_(self.recurrent.weight, gain=0.8)
 

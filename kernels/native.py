@@ -46,6 +46,9 @@ AMX = Library(
 
 OPERATORS = torch.library.Library("liquid", "DEF")
 
+# what a command says where FP32 is not available
+NOT_COMPILED = "without C++ kernels, at half the speed: no C++ compiler (g++) works here"
+
 _by_torch = False
 
 

@@ -1,6 +1,7 @@
 """What `sample.py` does: load the models, draw from all of them the same way, and write the pictures."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor
 from diffusion import DDPMScheduler, Denoiser, sample_images
 from images.pictures import save_gif, save_grid
 from images.single import save_folder, save_npz
+from kernels import native
 from lab.evaluation.tau_maps import record, save_tau_maps
 from liquid_diffusion import TrueLiquidDiffusionModel
 from runtime.errors import RunFailed, UserError, reason, user_errors
@@ -42,6 +44,8 @@ def draw_and_write(args: argparse.Namespace, written: Sequence[Path], gif: Path 
     keep_freed_memory()
     device = choose_device(args.device)
     stay_within_memory(device)
+    if device.type == "cpu" and not native.available(native.FP32):
+        print(native.NOT_COMPILED, file=sys.stderr)
     drawn = load_all(args.checkpoint)
     timesteps = min(one.scheduler.num_timesteps for one in drawn.values())
     args.steps = args.steps or min(50, timesteps)

@@ -55,7 +55,7 @@ def test_untied_steps_with_equal_weights_are_the_tied_model():
             weights |= {name.replace("recurrent", f"recurrent.{i}"): weight for i in range(steps)}
     untied.load_state_dict(weights)
     x = torch.randn(2, 3, 16, 16)
-    assert torch.allclose(outputs_of(tied, x), outputs_of(untied, x), atol=1e-5)
+    assert torch.allclose(outputs_of(tied, x), outputs_of(untied, x), atol=1e-4)  # Winograd rounds differently
     assert multiply_adds(tied, (3, 16, 16)) == multiply_adds(untied, (3, 16, 16))
     with pytest.raises(ValueError, match="zeros"):
         untied(x, torch.zeros(2, dtype=torch.long), tuple(torch.zeros(2, 8, s, s) for s in (4, 8, 16)))

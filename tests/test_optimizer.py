@@ -13,7 +13,7 @@ from torch import nn
 
 import compare
 import train as train_command
-from baselines import LADDER
+from choices import LADDER
 from images.batches import held_out_bank
 from images.datasets import load_images
 from lab import speed

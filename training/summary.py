@@ -52,7 +52,7 @@ def description(config: TrainConfig, data: ImageData, model: Denoiser, processes
 def kernels_used(config: TrainConfig) -> list[str]:
     """Whether our C++ computes part of this model, or why it could but does not."""
     if config.precision == "fp32":
-        return ["C++ kernels" if native.available(native.FP32) else "without C++ kernels: no compiler (g++) works here"]
+        return ["C++ kernels" if native.available(native.FP32) else native.NOT_COMPILED]
     return ["C++ kernel for AMX"] * (config.model == "true" and native.available(native.AMX))
 
 
