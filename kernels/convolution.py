@@ -24,13 +24,10 @@ class Conv3x3(nn.Conv2d):
 def use_kernel(model: nn.Module) -> None:
     """Turn every layer of a model that `Conv3x3` can stand for into one, with the same weights."""
     for layer in model.modules():
-        shape = getattr(layer, "kernel_size", None), getattr(layer, "stride", None), getattr(layer, "padding", None)
-        if (
-            type(layer) is nn.Conv2d
-            and shape == ((3, 3), (1, 1), (1, 1))
-            and (layer.groups, layer.dilation) == (1, (1, 1))
-        ):
-            layer.__class__ = Conv3x3
+        if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+            shape = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups
+            if shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1):
+                layer.__class__ = Conv3x3
 
 
 def pays(layer: nn.Conv2d, x: Tensor) -> bool:
