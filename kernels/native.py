@@ -10,7 +10,9 @@ nothing is ready, and torch computes everything.
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +106,9 @@ def compiled_file(library: Library, processor: str) -> Path:
     folder = Path(torch.hub.get_dir()).parent / "liquid_kernel"
     path = folder / f"{library.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
+        if shutil.which(compiler.split()[0]) is None:
+            raise FileNotFoundError(compiler)
+        print("compiling the C++ kernels for this processor, once", file=sys.stderr, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         command = [*compiler.split(), *library.flags]
         with tempfile.TemporaryDirectory(dir=folder) as temporary:

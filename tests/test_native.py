@@ -26,10 +26,11 @@ def test_without_a_compiler_there_is_no_library_and_no_file(tmp_path, monkeypatc
 
 
 @needs_compiler
-def test_it_is_compiled_once(tmp_path, monkeypatch):
+def test_it_is_compiled_once_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     small = replace(native.FP32, sources=("products.cpp",))
     path = native.compiled_file(small, "this processor")
+    assert capsys.readouterr().err == "compiling the C++ kernels for this processor, once\n"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
     assert native.compiled_file(small, "this processor") == path
     with pytest.raises(pytest.fail.Exception, match="compiled again"):
