@@ -106,16 +106,17 @@ def precision_and_recall(drawn: Tensor, real: Tensor, k: int = NEIGHBOURS) -> tu
     )
 
 
-def jackknife(figure: Callable[[Tensor], float], count: int, groups: int = GROUPS) -> float:
+def jackknife(figure: Callable[[Tensor], float], count: int) -> float:
     """Half of the 95 % interval of figure(indices) over sets of `count` samples that could have been drawn.
 
-    The samples are divided into groups, and the figure is taken without each of them: the standard error is the root
+    The samples are divided into g groups, and the figure is taken without each of them: the standard error is the root
     of (g - 1) / g times the sum of squared deviations of these g figures from their mean (delete-a-group jackknife,
     Shao & Tu 1995, section 2.3). The images that samples are compared with, the classifier and the model stay the
     same; so the interval says by how much the figure would change with other noise. Splitting the samples into small
-    sets, or drawing them with replacement, would change the bias that FD and recall have. Samples are taken as they
-    come: every g-th one belongs to the same group.
+    sets, or drawing them with replacement, would change the bias that FD and recall have. A group is a run of samples
+    in their order, so that classes that take turns are as even in a group as in the whole.
     """
     every = torch.arange(count)
-    without = torch.tensor([figure(every[every % groups != i]) for i in range(groups)], dtype=torch.float64)
-    return T_QUANTILE * ((groups - 1) / groups * (without - without.mean()).square().sum()).sqrt().item()
+    group = every * GROUPS // count
+    without = torch.tensor([figure(every[group != i]) for i in range(GROUPS)], dtype=torch.float64)
+    return T_QUANTILE * ((GROUPS - 1) / GROUPS * (without - without.mean()).square().sum()).sqrt().item()
