@@ -5,10 +5,10 @@ python evaluate.py --checkpoint RUN --num-images 2000 --fid
 python evaluate.py --checkpoint model.safetensors --dataset folder --data-dir IMAGES --output figures.json
 
 It measures the held-out eps-MSE on the frozen bank, overall and by noise level; the variational bound in bits/dim; the
-sliced Wasserstein distance of samples from held-out images, beside that of training images; the training images nearest
-to 16 samples, as a picture; speed; and, on request, FID and KID, and the held-out eps-MSE of a liquid model with every
-ODE solver. A figure that could not be measured is null in the file, with the reason. Each measure has a file in
-lab/evaluation.
+sliced Wasserstein distance of samples from held-out images, beside that of training images; their distance, precision
+and recall in the features of our own classifier, and how many it recognises; the training images nearest to 16 samples,
+as a picture; speed; and, on request, FID and KID, and the held-out eps-MSE of a liquid model with every ODE solver. A
+figure that could not be measured is null in the file, with the reason. Each measure has a file in lab/evaluation.
 """
 
 from runtime import interrupted_import  # noqa: F401  # isort: skip
@@ -17,7 +17,7 @@ import importlib.util
 from pathlib import Path
 
 from choices import DATASETS, DEVICES, SAMPLERS, SHOWN
-from runtime.command_line import Parser, file_or_folder, integer, run, slow_imports
+from runtime.command_line import Parser, file_or_folder, integer, number, run, slow_imports
 from runtime.errors import UserError
 from runtime.files import output_file
 from training.run_folder import CONFIG_FILE, MODEL_FILE, check_not_own, weights_file
@@ -35,17 +35,22 @@ def parser() -> Parser:
     add("--skip-bad-images", action="store_true",
         help="with --dataset folder: leave out images that cannot be read (default: as the run was trained)")
     many = "no figure gets better with more"
-    add("--num-images", type=integer(SHOWN, 10**6, many), default=10_000, help="how many images to draw")
-    add("--bound-images", type=integer(2, 10**6, many), default=2000,
+    add("--num-images", type=integer(SHOWN, 10**6, many), default=1000, help="how many images to draw")
+    add("--bound-images", type=integer(2, 10**6, many), default=200,
         help="how many held-out images the variational bound is computed for")
     add("--sampler", choices=SAMPLERS, default="dpmpp", help="how to get from noise to an image")
     add("--steps", type=integer(1, 10**5, "no model has more timesteps"),
         help="network calls per image (default: 50, or all timesteps of a model that has fewer)")
+    add("--guidance", type=number(0, 100, "images only get harsher"), default=1.0,
+        help="of a class-conditional model, away from the unconditional prediction; else 1 doubles the network calls")
     add("--seed", type=integer(0, 10**12, "larger ones give nothing new"), default=0,
         help="image i is drawn from the noise of seed + i; also seeds the rest")
     add("--batch-size", type=integer(1, 2**16, "more need more memory and are measured no faster"), default=64,
         help="images per network call")
     add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one, else mps, else cpu")
+    add("--classifier", type=file_or_folder, metavar="FILE",
+        help="of python -m lab.classifier, for FD, KID, precision and recall in its features (default: the published "
+        "one of these classes, if there is one)")
     add("--fid", action="store_true", help="also compute FID and KID against all training images: hours on a CPU")
     add("--ode-work", action="store_true",
         help="also measure the eps-MSE of a true liquid model for every ODE solver and number of steps, with a plot")

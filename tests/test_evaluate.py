@@ -118,8 +118,9 @@ def test_the_report_says_what_everything_is(short_digits_run, digits_report):
     figures = ("eps_mse", "variational_bound", "sampling", "sliced_wasserstein", "nearest_training_images")
     for name in figures:
         assert {"value", "unit", "n"} <= report[name].keys(), name
-    for name in ("sliced_wasserstein", "nearest_training_images", "fid", "kid"):
-        assert report[name]["samples"] == {"sampler": "dpmpp", "steps": 3, "seed": 0, "classes": "unconditional"}
+    drawn = {"sampler": "dpmpp", "steps": 3, "seed": 0, "classes": "unconditional", "guidance": 1}
+    for name in ("sliced_wasserstein", "nearest_training_images", "classifier", "fid", "kid"):
+        assert report[name]["samples"] == drawn
     speed = report["sampling"]
     assert speed["value"] == pytest.approx(speed["n"] / speed["seconds"])
     for shown in (f"{report['eps_mse']['value']:.5f}", f"{report['variational_bound']['value']:.4f}"):

@@ -12,13 +12,14 @@ import compare
 import evaluate
 import sample
 import train
+from lab.classifier import __main__ as classifier
 from lab.comparison.experiment import arm_config
 from runtime.command_line import file_or_folder, integer, number
 from runtime.errors import UserError
 from runtime.files import check_distinct
 from training.run_folder import check_not_own
 
-COMMANDS = (train, sample, evaluate, compare, benchmark)
+COMMANDS = (train, sample, evaluate, compare, benchmark, classifier)
 TEXTS = {"--classes"}
 FLAGS = [
     pytest.param(module, action, id=f"{module.__name__} {action.option_strings[-1]}")

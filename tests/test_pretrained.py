@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from diffusion import sample_images
 from images.batches import Batch, held_out_bank
 from images.datasets import load_images
+from lab.classifier.network import load_classifier, published_classifier
 from models import count_parameters
 from training.checkpoint import load_model
 from training.validation import held_out_loss
@@ -30,11 +31,20 @@ def digits():
     return load_model(PRETRAINED / "true-digits.safetensors")
 
 
-@pytest.mark.parametrize("path", sorted(PRETRAINED.glob("*.safetensors")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PRETRAINED.glob("true-*.safetensors")), ids=lambda path: path.stem)
 def test_every_file_loads_and_has_the_parameters_of_its_card(path):
     model, _, config = load_model(path)
     assert config["model"] == "true"
     assert f" {count_parameters(model):,} parameters" in card(path.name)
+
+
+@pytest.mark.parametrize("path", sorted(PRETRAINED.glob("classifier-*.safetensors")), ids=lambda path: path.stem)
+def test_a_classifier_is_found_by_its_classes_and_has_the_figures_of_its_card(path):
+    classifier, about = load_classifier(path)
+    assert published_classifier(about["classes"], about["shape"]) == path
+    assert path.stat().st_size < 1e6
+    assert f" {count_parameters(classifier):,} parameters" in card(path.name)
+    assert f"{100 * about['held_out']['accuracy']:.2f} %" in card(path.name)
 
 
 def test_the_held_out_error_is_the_card_s_and_twice_the_ode_steps_keep_it(digits):

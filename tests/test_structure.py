@@ -16,7 +16,7 @@ import models
 from images import datasets
 from lab.benchmark import sections
 
-COMMANDS = ("train", "sample", "evaluate", "compare", "benchmark")
+COMMANDS = ("train", "sample", "evaluate", "compare", "benchmark", "lab.classifier.__main__")
 NETWORKS = {"liquid_diffusion", "liquid_diffusion_inspired", "baselines", "diffusion", "models"}
 
 # part -> the parts that it may import besides itself; each module in the root is a part of its own
@@ -106,6 +106,8 @@ def test_a_command_knows_its_flags_without_torch():
         ("evaluate", ["--help"]),
         ("compare", ["--help"]),
         ("benchmark", ["--help"]),
+        ("lab/classifier/__main__", ["--help"]),
+        ("lab/classifier/__main__", ["--images", "0"]),
         ("train", ["--lr", "5"]),
         ("train", ["--init", "nowhere"]),
         ("train", ["--resume", "nowhere"]),

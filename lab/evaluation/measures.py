@@ -20,6 +20,16 @@ from choices import SHOWN
 from diffusion import DDPMScheduler, Denoiser, carries_state, sample_images
 from images.batches import Batch, held_out_bank, to_float
 from images.datasets import ImageData
+from lab.classifier.network import Classifier, read
+from lab.evaluation.feature_distances import (
+    NEIGHBOURS,
+    frechet_distance,
+    inside,
+    jackknife,
+    kernel_between,
+    kernel_within,
+    radii,
+)
 from lab.evaluation.inception import inception_distances
 from lab.evaluation.likelihood import NUM_STRATA, timestep_strata, variational_bound
 from lab.evaluation.neighbours import nearest, picture_of_neighbours
@@ -32,6 +42,7 @@ from runtime.progress import progress_bar
 from training.validation import held_out_loss
 
 BINS = 10
+MOST_REFERENCES = 10_000  # held-out images that features of samples are compared with
 HELD_OUT_QUERIES = 256  # held-out images, whose distances from the training images those of samples are compared with
 
 Report = dict[str, Any]
@@ -48,25 +59,31 @@ def evaluate(
     steps: int,
     seed: int,
     batch_size: int,
+    guidance: float,
+    classifier: Classifier | str,
     inception: Path | str,
 ) -> tuple[Report, Tensor]:
     """(the report, a picture of 16 samples and their nearest training images: (256, C, H, W) in [-1, 1]).
 
-    num_images: samples, at least 16. bound_images: held-out images for the variational bound. sampler, steps and
-    batch_size: as in `sample_images`. inception: the weights of the Inception network, or the reason why FID is not to
-    be measured. The same seed gives the same figures, except for the speed. Raises RunFailed if the model's outputs are
-    not finite.
+    num_images: samples, at least 16. bound_images: held-out images for the variational bound. sampler, steps,
+    batch_size and guidance: as in `sample_images`. classifier: of these images, or the reason why there is none.
+    inception: the weights of the Inception network, or the reason why FID is not to be measured. The same seed gives
+    the same figures, except for the speed. Raises RunFailed if the model's outputs are not finite.
     """
     device = next(model.parameters()).device
     report: Report = {}
     report["eps_mse"] = eps_mse(model, scheduler, held_out_bank(data, scheduler.num_timesteps))
     report["variational_bound"] = bound(model, scheduler, data, bound_images, seed, batch_size)
-    samples, report["sampling"] = draw(model, scheduler, data, num_images, sampler, steps, seed, batch_size)
+    asked = torch.arange(num_images) % model.num_classes if model.num_classes else None
+    samples, report["sampling"] = draw(
+        model, scheduler, data, num_images, sampler, steps, seed, batch_size, asked, guidance
+    )
     report["sliced_wasserstein"] = patch_distance(samples, data, device, seed)
     picture, report["nearest_training_images"] = neighbours(samples, data, seed)
+    report["classifier"] = by_classifier(samples, asked, data, classifier, seed)
     report["fid"], report["kid"] = fid_and_kid(samples, data, inception, device, batch_size)
-    drawn = {key: report["sampling"][key] for key in ("sampler", "steps", "seed", "classes")}
-    for name in ("sliced_wasserstein", "nearest_training_images", "fid", "kid"):
+    drawn = {key: report["sampling"][key] for key in ("sampler", "steps", "seed", "classes", "guidance")}
+    for name in ("sliced_wasserstein", "nearest_training_images", "classifier", "fid", "kid"):
         report[name]["samples"] = drawn
     return report, picture
 
@@ -210,9 +227,10 @@ def draw(
     steps: int,
     seed: int,
     batch_size: int,
+    labels: Tensor | None,
+    guidance: float,
 ) -> tuple[Tensor, Report]:
-    """(uint8 samples (N, C, H, W), how and how fast they were drawn); the classes take turns."""
-    labels = torch.arange(num_images) % model.num_classes if model.num_classes else None
+    """(uint8 samples (N, C, H, W), how and how fast they were drawn)."""
     with progress_bar(desc="sampling", total=num_images * steps, unit="call", unit_scale=True) as bar:
         started = time.monotonic()
         images = sample_images(
@@ -225,6 +243,7 @@ def draw(
             seed=seed,
             batch_size=batch_size,
             labels=labels,
+            guidance=guidance,
             on_step=lambda _, x_0: bar.update(len(x_0)),
         )
         seconds = time.monotonic() - started
@@ -239,6 +258,7 @@ def draw(
         "seed": seed,
         "batch_size": batch_size,
         "classes": "in turns" if model.num_classes else "unconditional",
+        "guidance": guidance,
     }
 
 
@@ -294,6 +314,83 @@ def neighbours(images: Tensor, data: ImageData, seed: int) -> tuple[Tensor, Repo
             "seed": seed,
             "split": "held-out images against training images",
         },
+    }
+
+
+def by_classifier(
+    images: Tensor, asked: Tensor | None, data: ImageData, classifier: Classifier | str, seed: int
+) -> Report:
+    """What our classifier says of samples and, in their place, of as many training images.
+
+    images: uint8 samples, each of the class `asked` (N,), or of none. FD and KID compare the features of N images with
+    those of held-out images, of which there are up to 10,000; precision and recall with those of at most N of them.
+    Each figure has the 95 % interval over sets of N samples. The classifier has seen the training images, whose
+    features may therefore be a little farther from held-out ones than those of new real images would be.
+    """
+    if isinstance(classifier, str):
+        return not_measured(classifier)
+    n, n_reference = min(len(images), len(data.train)), min(len(data.held_out), MOST_REFERENCES)
+    if n < SHOWN or n_reference <= NEIGHBOURS:
+        return not_measured(f"needs at least {SHOWN} training and {NEIGHBOURS + 1} held-out images")
+    chosen, others = choice(len(data.train), n, seed), choice(len(data.held_out), n_reference, seed)
+    with progress_bar(desc="classifier", total=2 * n + n_reference, unit="img") as bar:
+        drawn, train, held_out = (
+            read(classifier, part, on_batch=bar.update)
+            for part in (images[:n], data.train[chosen.to(data.train.device)], data.held_out[others])
+        )
+    reference, few = held_out[0], held_out[0][:n]
+    manifold, within = radii(few), kernel_within(reference)
+
+    def measured(features: Tensor, logits: Tensor, labels: Tensor | None) -> Report:
+        hits = inside(features, few, manifold).double()
+
+        def kid(kept: Tensor) -> float:
+            return kernel_within(features[kept]) + within - 2 * kernel_between(features[kept], reference)
+
+        def recall(kept: Tensor) -> float:
+            return inside(few, features[kept], radii(features[kept])).double().mean().item()
+
+        figures = {
+            "fd": lambda kept: frechet_distance(features[kept], reference),
+            "kid": kid,
+            "precision": lambda kept: hits[kept].mean().item(),
+            "recall": recall,
+        }
+        if labels is not None:
+            right = (logits.argmax(1) == labels).double()
+            figures["recognised"] = lambda kept: right[kept].mean().item()
+        found = {}
+        for name, figure in figures.items():
+            value = finite(figure(torch.arange(len(features))), f"{name} of the classifier's features")
+            found[name] = {"value": value, "interval": jackknife(figure, len(features))}
+        return found
+
+    labels = data.train_labels[chosen.to(data.train_labels.device)].cpu()
+    values = measured(*drawn, None if asked is None else asked[:n])
+    floors = measured(*train, None if asked is None else labels)
+    units = {
+        "fd": "squared Frechet distance of our classifier's features; not FID",
+        "kid": "squared maximum mean discrepancy of our classifier's features; not the KID of Inception",
+        "precision": f"share of the samples in the manifold of held-out images, {NEIGHBOURS} neighbours",
+        "recall": f"share of the held-out images in the manifold of the samples, {NEIGHBOURS} neighbours",
+        "recognised": "share of the samples that the classifier reads as the class that was asked for",
+    }
+    return {
+        name: {
+            **value,
+            "floor": floors[name],
+            "unit": units[name],
+            "n": n,
+            "n_reference": n_reference if name in ("fd", "kid") else len(few),
+        }
+        for name, value in values.items()
+    } | {
+        "n": n,
+        "split": "samples against held-out images",
+        "floor_split": "as many training images against the same held-out images",
+        "interval": "half of the 95 % interval over sets of n samples, by a delete-a-group jackknife",
+        "held_out_accuracy": (held_out[1].argmax(1) == data.held_out_labels[others]).double().mean().item(),
+        "seed": seed,
     }
 
 

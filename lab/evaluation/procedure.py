@@ -9,6 +9,8 @@ import torch
 from images.batches import held_out_bank
 from images.datasets import ImageData, load_images
 from images.pictures import save_grid
+from lab.classifier.network import Classifier, load_classifier, published_classifier
+from lab.evaluation.estimate import estimate, in_words
 from lab.evaluation.inception import MissingWeights, inception_weights
 from lab.evaluation.measures import Report, by_solver, evaluate, subject
 from lab.evaluation.ode_work import save_ode_work, with_ode
@@ -35,6 +37,8 @@ def measure_and_write(args: Namespace, run_folder: Path | None, output: Path, pi
         raise UserError(f"--steps: must be at most the model's {scheduler.num_timesteps} timesteps, got {args.steps}")
     args.dataset, args.data_dir, image_size, skip = data_source(args, config, run_folder)
     nearby = "name its folder with --data-dir"  # another data set would not be the one of this model
+    if args.guidance != 1 and not model.num_classes:
+        raise UserError("--guidance: this model has no classes; train.py --class-conditional learns them")
     data = load_images(args.dataset, args.data_dir, image_size, skip_bad_images=skip, otherwise=nearby)
     check_fit(data, config)
     make_folder(output.parent, "--output")
@@ -42,8 +46,22 @@ def measure_and_write(args: Namespace, run_folder: Path | None, output: Path, pi
     about = subject(model, scheduler, data)
     print(description(config["model"], about))
     inception = inception_or_reason(args.fid)
+    classifier, path = classifier_or_reason(args.classifier, data)
+    if isinstance(classifier, Classifier):
+        classifier.to(device)
     try:
         with out_of_memory_named(min(args.batch_size, args.num_images), "a smaller --num-images"):
+            parts = estimate(
+                model,
+                scheduler,
+                data,
+                classifier,
+                num_images=args.num_images,
+                bound_images=args.bound_images,
+                calls_per_image=args.steps * (1 if args.guidance == 1 else 2),
+                batch_size=args.batch_size,
+            )
+            print(f"time     {in_words(parts)}", flush=True)
             figures, pairs = evaluate(
                 model,
                 scheduler,
@@ -54,6 +72,8 @@ def measure_and_write(args: Namespace, run_folder: Path | None, output: Path, pi
                 steps=args.steps,
                 seed=args.seed,
                 batch_size=args.batch_size,
+                guidance=args.guidance,
+                classifier=classifier,
                 inception=inception,
             )
             if liquid is not None:
@@ -61,6 +81,9 @@ def measure_and_write(args: Namespace, run_folder: Path | None, output: Path, pi
     except KeyboardInterrupt:
         raise KeyboardInterrupt("nothing was written") from None
     figures["nearest_training_images"]["picture"] = picture.name
+    if path is not None:
+        figures["classifier"]["file"] = path.name
+        figures["classifier"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     print(table(figures))
     report = {
         "checkpoint": args.checkpoint,
@@ -139,3 +162,20 @@ def inception_or_reason(wanted: bool) -> Path | str:
     except MissingWeights as reason:
         print(f"fid      not measured: {reason}")
         return str(reason)
+
+
+def classifier_or_reason(named: str | None, data: ImageData) -> tuple[Classifier | str, Path | None]:
+    """(the classifier that was named or is published for these images, its file), or (why there is none, None).
+
+    Raises UserError for a classifier of other images.
+    """
+    path = Path(named) if named else published_classifier(data.classes, data.shape)
+    if path is None:
+        where = "" if data.name != "folder" else " --data-dir PATH"
+        how = f"python -m lab.classifier --dataset {data.name}{where} trains one for --classifier"
+        return how if len(data.classes) > 1 else "these images have no classes to train a classifier with", None
+    classifier, about = load_classifier(path)
+    for what, found, wanted in (("shape", data.shape, about["shape"]), ("classes", data.classes, about["classes"])):
+        if tuple(found) != tuple(wanted):
+            raise UserError(f"--classifier: {path} is for images of another {what} than those of {data.name}")
+    return classifier, path

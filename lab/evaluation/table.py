@@ -2,6 +2,15 @@
 
 from lab.evaluation.measures import Report
 
+# figure -> (its name, digits, what it is); none of them is FID or KID, which are those of the Inception network
+BY_CLASSIFIER = {
+    "fd": ("FD of our classifier", 3, "samples against held-out images"),
+    "kid": ("KID of our classifier", 4, "the same features"),
+    "precision": ("  precision", 3, "samples among held-out images"),
+    "recall": ("  recall", 3, "held-out images among samples"),
+    "recognised": ("  recognised", 3, "as the class that was asked for"),
+}
+
 
 def table(report: Report) -> str:
     """The figures, one per line: name, value with its standard error, number of images, explanation."""
@@ -30,6 +39,14 @@ def table(report: Report) -> str:
         for level in swd["value"]:
             note = f"x 1e3, samples against held-out images; training images: {swd['floor'][level]:.2f}"
             row(f"sliced Wasserstein {level}", f"{swd['value'][level]:.2f}", swd, note)
+    if report["classifier"].get("reason"):
+        row("by our classifier", None, report["classifier"] | {"value": None}, "")
+    else:
+        for name, (label, digits, note) in BY_CLASSIFIER.items():
+            if name in report["classifier"]:
+                found = report["classifier"][name]
+                note += f", +- 95 % interval; training images: {number(found['floor'], digits, 'interval')}"
+                row(label, number(found, digits, "interval"), found, note)
     row("FID", number(fid, 2), fid, f"against {fid.get('n_reference', 0):,} training images, {fid.get('library')}")
     if kid["value"] is not None:
         row("KID", number(kid, 5, "standard_deviation"), kid, "+- standard deviation over subsets")
