@@ -35,8 +35,8 @@ def parser() -> Parser:
     add("--skip-bad-images", action="store_true",
         help="with --dataset folder: leave out images that cannot be read (default: as the run was trained)")
     many = "no figure gets better with more"
-    add("--num-images", type=integer(SHOWN, 10**6, many), default=1000, help="how many images to draw")
-    add("--bound-images", type=integer(2, 10**6, many), default=200,
+    add("--num-images", type=integer(SHOWN, 10**6, many), default=2000, help="how many images to draw")
+    add("--bound-images", type=integer(2, 10**6, many), default=256,
         help="how many held-out images the variational bound is computed for")
     add("--sampler", choices=SAMPLERS, default="dpmpp", help="how to get from noise to an image")
     add("--steps", type=integer(1, 10**5, "no model has more timesteps"),
