@@ -39,7 +39,8 @@ class Steps(nn.Module):
 
     def __init__(self, cell: RealLiquidCell):
         super().__init__()
-        self.cell = cell
+        self.cell = copy.deepcopy(cell)
+        self.cell.recurrent.__class__ = nn.Conv2d  # torch's own convolution, not ours
 
     def forward(self, features: Tensor, offset: Tensor) -> Tensor:
         return self.cell.integrate(None, *self.cell._drive_and_tau(features, offset))
