@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from choices import ARMS
@@ -24,7 +25,7 @@ from kernels.convolution import pays
 from kernels.native import plain_torch
 from lab.benchmark.convolutions import Convolution, convolutions, passes
 from lab.speed import in_turn
-from liquid_diffusion import InputConv, RealLiquidCell, TrueLiquidDiffusionModel
+from liquid_diffusion import STEP_FRACTION, InputConv, RealLiquidCell, TrueLiquidDiffusionModel
 from models import build_model
 
 CPU = torch.device("cpu")
@@ -39,11 +40,17 @@ class Steps(nn.Module):
 
     def __init__(self, cell: RealLiquidCell):
         super().__init__()
-        self.cell = copy.deepcopy(cell)
-        self.cell.recurrent.__class__ = nn.Conv2d  # torch's own convolution, not ours
+        self.cell = cell
 
     def forward(self, features: Tensor, offset: Tensor) -> Tensor:
-        return self.cell.integrate(None, *self.cell._drive_and_tau(features, offset))
+        cell = self.cell
+        drive, tau = cell._drive_and_tau(features, offset)
+        fraction = STEP_FRACTION[cell.solver](cell.horizon / cell.num_steps / tau)
+        state = fraction * F.silu(drive)
+        for _ in range(cell.num_steps - 1):  # the cell's own layer would be our convolution
+            f = F.silu(F.conv2d(state, cell.recurrent.weight, padding=1) + drive)
+            state = torch.lerp(state, f, fraction)
+        return state
 
 
 class KernelSteps(Steps):
