@@ -203,9 +203,9 @@ def test_ctrl_c_while_a_process_starts_ends_in_one_line(experiment, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes of a command
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    bar, said = errors.strip().rsplit("\n", 1)
+    *bars, said = errors.strip().split("\n")
     assert said == GOES_ON
-    assert all("|" in part for part in bar.split("\n")), errors
+    assert all("|" in bar for bar in bars), errors  # none, if the first process was still being started
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
