@@ -18,6 +18,8 @@ SCHEDULES = ("linear", "cosine")
 PREDICTION_TYPES = ("eps", "v", "edm")
 SAMPLERS = ("ddpm", "ddim", "dpmpp")
 
+GUIDANCE = 2.5  # of class-conditional models, unless a flag says otherwise: a compromise of RESULTS.md's curve
+
 # the liquid model's ODE
 STEP_SOLVERS = ("euler", "semi-implicit", "exponential")
 ODEINT_SOLVERS = ("midpoint", "rk4", "dopri5")  # torchdiffeq's solvers on the same cell, meant for sampling

@@ -11,6 +11,7 @@ sigma_t^2 = 1 - alpha_t^2. Timesteps count from 0 (nearly clean) to T - 1 (nearl
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -188,33 +189,59 @@ class DDPMScheduler:
         return [round(self.num_timesteps * (1 - i / num_steps)) - 1 for i in range(num_steps + 1)]
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """Leads each prediction away from a worse one: F_worse + weight (F - F_worse); a weight of 1 changes nothing.
+
+    The worse prediction is that of `guide`, or else of the model itself, and is not told the class: classifier-free
+    guidance (Ho & Salimans 2022, eq. 6, where weight = 1 + w). A guide is a worse version of the model, as in Karras et
+    al. 2024 ("Guiding a diffusion model with a bad version of itself", eq. 3); without classes it is needed.
+    between: the fractions of the T timesteps, from clean to noise, between which it acts (Kynkaanniemi et al. 2024).
+    """
+
+    weight: float = 1.0
+    guide: Denoiser | None = None
+    between: tuple[float, float] = (0.0, 1.0)
+
+    def acts(self, t: int, num_timesteps: int) -> bool:
+        """Whether predictions at timestep t are led."""
+        low, high = self.between
+        return self.weight != 1 and low <= (t + 0.5) / num_timesteps <= high
+
+
 def denoiser(
     model: Denoiser,
     scheduler: DDPMScheduler,
     *,
     clip: bool = True,
     labels: Tensor | None = None,
-    guidance: float = 1.0,
+    guidance: Guidance | float = 1.0,
 ) -> Denoise:
     """The function that a sampler calls. x_0 is clipped to [-1, 1], and eps is computed from it so that both agree.
 
-    labels: (B,) classes, or None for a model without classes. guidance: classifier-free guidance, F_uncond + guidance
-    (F_cond - F_uncond) (Ho & Salimans 2022, eq. 6, where guidance = 1 + w); 1 is the conditional model itself.
+    labels: (B,) classes, or None for a model without classes. guidance: a number is the weight of classifier-free
+    guidance. Raises ValueError for guidance without labels and without a guide.
     """
+    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    if guidance.weight != 1 and guidance.guide is None and labels is None:
+        raise ValueError("guidance: a model without classes needs a guide")
 
     def denoise(x: Tensor, t: int, state: object) -> tuple[Tensor, Tensor, object]:
         times = torch.full((len(x),), t, device=x.device)
-        if labels is None or guidance == 1.0:
-            condition = {} if labels is None else {"labels": labels}
-            output, state = scheduler.network_step(model, x, times, state, **condition)
-        else:
-            both = torch.cat(
-                [labels, torch.full_like(labels, model.num_classes)]
-            )  # the label after the last class means none
+        own = {} if labels is None else {"labels": labels}
+        if not guidance.acts(t, scheduler.num_timesteps):
+            output, state = scheduler.network_step(model, x, times, state, **own)
+        elif guidance.guide is None and labels is not None:  # both in one call, which is faster
             doubled = torch.cat([x, x]), torch.cat([times, times])
+            both = torch.cat([labels, no_class(model, labels)])
             output, state = scheduler.network_step(model, *doubled, state, labels=both)
             conditional, unconditional = output.chunk(2)
-            output = torch.lerp(unconditional, conditional, guidance)
+            output = torch.lerp(unconditional, conditional, guidance.weight)
+        else:
+            output, state = scheduler.network_step(model, x, times, state, **own)
+            ignorant = {} if labels is None else {"labels": no_class(model, labels)}
+            worse = scheduler.network_output(guidance.guide or model, x, times, **ignorant)
+            output = torch.lerp(worse, output, guidance.weight)
         x_0, eps = scheduler.predict(output, x, times)
         if clip:
             alpha, sigma = scheduler.level(t)
@@ -223,6 +250,11 @@ def denoiser(
         return x_0, eps, state
 
     return denoise
+
+
+def no_class(model: Denoiser, labels: Tensor) -> Tensor:
+    """As many labels as `labels` that mean "no class"."""
+    return torch.full_like(labels, model.num_classes)
 
 
 def ddpm(
@@ -304,7 +336,7 @@ def sample_images(
     seed: int = 0,
     batch_size: int = 64,
     labels: Tensor | None = None,
-    guidance: float = 1.0,
+    guidance: Guidance | float = 1.0,
     on_step: Callable[[int, Tensor], object] | None = None,
 ) -> Tensor:
     """Draw images: (num_images, *shape) in [-1, 1], on the CPU. Image i depends on `seed + i`, not on the batch size.

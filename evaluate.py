@@ -17,7 +17,8 @@ import importlib.util
 from pathlib import Path
 
 from choices import DATASETS, DEVICES, SAMPLERS, SHOWN
-from runtime.command_line import Parser, file_or_folder, integer, number, run, slow_imports
+from lab.guidance import add_guidance
+from runtime.command_line import Parser, file_or_folder, integer, run, slow_imports
 from runtime.errors import UserError
 from runtime.files import output_file
 from training.run_folder import CONFIG_FILE, MODEL_FILE, check_not_own, weights_file
@@ -41,8 +42,7 @@ def parser() -> Parser:
     add("--sampler", choices=SAMPLERS, default="dpmpp", help="how to get from noise to an image")
     add("--steps", type=integer(1, 10**5, "no model has more timesteps"),
         help="network calls per image (default: 50, or all timesteps of a model that has fewer)")
-    add("--guidance", type=number(0, 100, "images only get harsher"), default=1.0,
-        help="of a class-conditional model, away from the unconditional prediction; else 1 doubles the network calls")
+    add_guidance(add)
     add("--seed", type=integer(0, 10**12, "larger ones give nothing new"), default=0,
         help="image i is drawn from the noise of seed + i; also seeds the rest")
     add("--batch-size", type=integer(1, 2**16, "more need more memory and are measured no faster"), default=64,

@@ -7,6 +7,7 @@ fast and fine), and `TrueLiquidDiffusionModel` makes a diffusion denoiser of the
 time-constant networks (Hasani et al. 2021, eq. 1 and 2), with a convolutional state that keeps its place in the image.
 """
 
+import copy
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
@@ -300,6 +301,12 @@ class TrueLiquidDiffusionModel(Denoiser):
     def current_steps(self) -> tuple[int, ...]:
         """The numbers of ODE steps now set for the (global, local, detail) cells."""
         return tuple(cell.num_steps for cell in self.processor.cells.values())
+
+    def with_steps(self, ode_steps: Sequence[int]) -> "TrueLiquidDiffusionModel":
+        """The same weights, not copied, whose ODE takes other steps, without a change of this model."""
+        other = copy.deepcopy(self, {id(value): value for value in (*self.parameters(), *self.buffers())})
+        other.set_solver(ode_steps=ode_steps)
+        return other
 
     def draw_steps(self, generator: torch.Generator) -> None:
         """With `random_steps`, in training: draw the ODE steps of the next forward pass (`STEP_MULTIPLES`)."""

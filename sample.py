@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 from choices import DEVICES, SAMPLERS, SOLVERS
+from lab.guidance import add_guidance
 from runtime.command_line import Parser, file_or_folder, integer, number, run, slow_imports
 from runtime.errors import UserError
 from runtime.files import check_distinct, check_writable, output_file
@@ -25,7 +26,6 @@ PUBLISHED = Path(__file__).parent / "pretrained" / "true-cifar10.safetensors"
 def parser() -> Parser:
     """All flags."""
     fraction = number(0, 1, "at 1 all noise is fresh")
-    weight = number(0, 100, "more saturates every pixel")
     p = Parser(prog="sample.py", description="Draw images from trained models.")
     add = p.add_argument
     # fmt: off
@@ -51,8 +51,7 @@ def parser() -> Parser:
     add("--classes",
         help="names or numbers of classes, separated by commas; the images take turns (default: all classes in turn); "
         "name:1 or index:1 where a number is a name, too")
-    add("--guidance", type=weight, default=1.0,
-        help="classifier-free guidance of a class-conditional model; 1 is none, more shows the class more clearly")
+    add_guidance(add)
     add("--solver", choices=SOLVERS, help="ODE solver of a true liquid model (default: as trained)")
     add("--ode-steps", type=integer(1, 1000, "more change nothing but the time"), nargs=3,
         metavar=("GLOBAL", "LOCAL", "DETAIL"),

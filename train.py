@@ -9,6 +9,7 @@ torchrun --nproc-per-node=2 train.py                   # the same run in two pro
 
 from runtime import interrupted_import  # noqa: F401  # isort: skip
 
+from argparse import BooleanOptionalAction
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from images.sides import image_size
 from runtime.command_line import Parser, file_or_folder, integer, number, parsed_by, run, slow_imports, spelled
 from runtime.errors import UserError
 from runtime.files import check_folder, check_writable
-from training.config import BEFORE_THE_FLAG, TrainConfig
+from training.config import BEFORE_THE_FLAG, MOST_CLASSES, TrainConfig
 from training.run_folder import CONFIG_FILE, read_config, run_folders, weights_file
 
 # a resumed run may change how long it runs, where and how verbosely, but not what it learns from what
@@ -70,7 +71,9 @@ def parser() -> Parser:
         help="number of diffusion steps T")
     add("--schedule", choices=SCHEDULES, help="noise schedule")
     add("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts: eps, v, or the edm mixture")
-    add("--class-conditional", action="store_true", help="learn the classes, so that `sample.py --classes` can choose")
+    add("--class-conditional", action=BooleanOptionalAction,
+        help="learn the classes, so that `sample.py` can draw one or the other (default: if there are from 2 to "
+        f"{MOST_CLASSES} classes)")
     add("--ema-decay", type=decay, help="decay of the moving average of the weights, which is what gets saved")
     add("--seed", type=integer(0, 10**12, "larger ones give nothing new"),
         help="seed of the weights, the batches and the noise")

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import DDPMScheduler, Denoiser, sample_images
+from diffusion import DDPMScheduler, Denoiser, Guidance, sample_images
 from images.pictures import save_gif, save_grid
 from images.single import save_folder, save_npz
 from kernels import native
 from lab.evaluation.tau_maps import record, save_tau_maps
+from lab.guidance import chosen_guidance
 from liquid_diffusion import TrueLiquidDiffusionModel
 from runtime.errors import RunFailed, UserError, reason, user_errors
 from runtime.files import make_folder
@@ -62,8 +63,7 @@ def draw_and_write(args: argparse.Namespace, written: Sequence[Path], gif: Path 
         name: chosen_labels(args.classes, one.config["classes"], one.model.num_classes, args.num_images)
         for name, one in drawn.items()
     }
-    if args.guidance != 1 and None in labels.values():
-        raise UserError("--guidance: this model has no classes; train.py --class-conditional learns them")
+    guidance = {name: chosen_guidance(args, one.model) for name, one in drawn.items()}
     if len(drawn) > 1 and any(path.suffix.lower() != ".png" for path in written):
         raise UserError("--output: single images are of one model; name one --checkpoint, or a PNG")
     for path in written:
@@ -75,14 +75,14 @@ def draw_and_write(args: argparse.Namespace, written: Sequence[Path], gif: Path 
         one.model.to(device).to(memory_format=torch.channels_last)
 
     with out_of_memory_named(min(args.batch_size, args.num_images), "a smaller model"):
-        images, frames = draw(args, drawn, labels)
+        images, frames = draw(args, drawn, labels, guidance)
         for path in written:
             write(path, partial(save_as, path, images, labels, drawn, args.seed))
         if gif is not None:
             write(gif, lambda: save_gif(frames, gif))
         if maps is not None:
             name, model = next(iter(liquid.items()))
-            options: dict[str, Any] = sampling_options(args) | {"labels": labels[name]}
+            options: dict[str, Any] = sampling_options(args) | {"labels": labels[name], "guidance": guidance[name]}
             shape = drawn[name].config["shape"]
             found = record(model, drawn[name].scheduler, shape, min(args.num_images, SHOWN), **options)
             write(maps, lambda: save_tau_maps(found, maps))
@@ -117,11 +117,11 @@ def load_all(checkpoints: list[str]) -> dict[str, Drawn]:
 
 def sampling_options(args: argparse.Namespace) -> dict:
     """What the flags say of how to go from noise to image, as `sample_images` takes it."""
-    return {name: getattr(args, name) for name in ("sampler", "steps", "eta", "seed", "guidance")}
+    return {name: getattr(args, name) for name in ("sampler", "steps", "eta", "seed")}
 
 
 def draw(
-    args: argparse.Namespace, drawn: dict[str, Drawn], labels: dict[str, Tensor | None]
+    args: argparse.Namespace, drawn: dict[str, Drawn], labels: dict[str, Tensor | None], guidance: dict[str, Guidance]
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """(images, frames): what each model drew, and, if a GIF is wanted, each step's x_0; all (N, C, H, W)."""
     x_0: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(args.steps)] for name in drawn}  # by step, batches
@@ -142,6 +142,7 @@ def draw(
                 args.num_images,
                 batch_size=args.batch_size,
                 labels=labels[name],
+                guidance=guidance[name],
                 on_step=on_step,
                 **sampling_options(args),
             )

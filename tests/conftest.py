@@ -281,7 +281,7 @@ FEW_DRAWN = ["--device", "cpu", "--num-images", 20, "--steps", 3]
 
 @pytest.fixture(scope="session")
 def short_digits_run(tmp_path_factory):
-    return short_run(tmp_path_factory.mktemp("digits"), "--dataset", "digits", "--steps", 30)
+    return short_run(tmp_path_factory.mktemp("digits"), "--dataset", "digits", "--steps", 30, "--no-class-conditional")
 
 
 @pytest.fixture(scope="session")
@@ -298,7 +298,7 @@ def class_images(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def short_class_run(class_images, tmp_path_factory):
-    options = ["--dataset", "folder", "--data-dir", class_images, "--image-size", 16, "--class-conditional"]
+    options = ["--dataset", "folder", "--data-dir", class_images, "--image-size", 16]
     return short_run(tmp_path_factory.mktemp("classes"), *options, "--steps", 20)
 
 

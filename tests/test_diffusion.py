@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from diffusers import DDPMScheduler as DiffusersDDPMScheduler
 
 from choices import PREDICTION_TYPES
-from diffusion import DDPMScheduler, ddim, ddpm, denoiser, dpmpp, image_noise
+from diffusion import DDPMScheduler, Denoiser, Guidance, ddim, ddpm, denoiser, dpmpp, image_noise
 from images.batches import to_float
 from images.datasets import load_images
 from training.checkpoint import load_model
@@ -329,3 +329,32 @@ def test_a_scheduler_s_tables_stay_where_they_are_whatever_others_do():
 def test_bad_settings_are_named(options, word):
     with pytest.raises(ValueError, match=word):
         DDPMScheduler(**options)
+
+
+def test_a_guide_is_led_away_from_where_guidance_acts_and_nowhere_else():
+    """Karras et al. 2024, eq. 3, by hand; the guide is not told the class."""
+
+    class Says(Denoiser):
+        num_classes = 3
+
+        def __init__(self, factor: float):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x, t, state=None, *, labels):
+            return self.factor * x + labels[:, None, None, None]
+
+    scheduler = DDPMScheduler(10, prediction_type="eps")
+    guidance = Guidance(2.5, Says(0.5), between=(0.3, 0.7))
+    x, labels = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
+    denoise = denoiser(Says(1.0), scheduler, clip=False, labels=labels, guidance=guidance)
+    asked = labels[:, None, None, None]
+    for t in range(10):
+        _, eps, _ = denoise(x, t, None)
+        inside = 3 <= t < 7
+        assert torch.allclose(eps, 2.5 * (x + asked) - 1.5 * (0.5 * x + 3) if inside else x + asked, atol=1e-5)
+
+
+def test_guidance_without_classes_needs_a_guide():
+    with pytest.raises(ValueError, match="guide"):
+        denoiser(Denoiser(), DDPMScheduler(10), guidance=2.0)

@@ -261,3 +261,17 @@ def test_the_model_can_be_exported():
     inputs = torch.randn(2, 3, 8, 8), torch.tensor([10, 300])
     exported = torch.export.export(model, inputs).module()
     torch.testing.assert_close(exported(*inputs), model(*inputs))
+
+
+def test_other_steps_of_the_same_weights_leave_the_model_as_it_is():
+    model = TrueLiquidDiffusionModel().eval()
+    coarse = model.with_steps((1, 2, 3))
+    assert coarse.current_steps() == (1, 2, 3) and model.current_steps() == (3, 5, 7)
+    assert all(a is b for a, b in zip(model.parameters(), coarse.parameters(), strict=True))
+    with torch.no_grad():
+        model.head.weight.normal_()  # the other one's, too
+        x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 70])
+        there = coarse(x, t)
+        assert not torch.allclose(model(x, t), there)
+        model.set_solver(ode_steps=(1, 2, 3))
+        assert torch.equal(model(x, t), there)

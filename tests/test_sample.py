@@ -13,8 +13,9 @@ from conftest import call, refused, run_forked, short_run
 from PIL import Image
 
 import sample
-from choices import SAMPLERS, SOLVERS
-from diffusion import sample_images
+from choices import GUIDANCE, SAMPLERS, SOLVERS
+from diffusion import Guidance, sample_images
+from images.pictures import save_grid
 from training.checkpoint import load_model, read_model, save_model
 
 FEW_TIMESTEPS = ["--timesteps", 8]
@@ -22,19 +23,20 @@ FEW_TIMESTEPS = ["--timesteps", 8]
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    options = [*FEW_TIMESTEPS, "--dataset", "digits", "--steps", 100]
+    options = [*FEW_TIMESTEPS, "--dataset", "digits", "--steps", 100, "--no-class-conditional"]
     return short_run(tmp_path_factory.mktemp("digits"), *options)
 
 
 @pytest.fixture(scope="module")
 def class_run(class_images, tmp_path_factory):
     options = [*FEW_TIMESTEPS, "--dataset", "folder", "--data-dir", class_images, "--image-size", 8, "--steps", 60]
-    return short_run(tmp_path_factory.mktemp("classes"), *options, "--class-conditional")
+    return short_run(tmp_path_factory.mktemp("classes"), *options)
 
 
 @pytest.fixture(scope="module")
 def inspired_run(tmp_path_factory):
     options = [*FEW_TIMESTEPS, "--dataset", "digits", "--steps", 2, "--model", "inspired"]
+    options += ["--no-class-conditional"]
     return short_run(tmp_path_factory.mktemp("inspired"), *options)
 
 
@@ -138,12 +140,27 @@ def test_classes_by_name_or_number_take_turns(class_run, tmp_path):
 
 
 def test_guidance_acts_and_one_is_none(class_run, tmp_path):
-    plain = draw(class_run, tmp_path, "--classes", "dogs")
-    assert np.array_equal(plain, draw(class_run, tmp_path, "--classes", "dogs", "--guidance", 1))
+    usual, plain = (draw(class_run, tmp_path, "--classes", "dogs", *g) for g in ([], ["--guidance", 1]))
+    assert np.array_equal(usual, draw(class_run, tmp_path, "--classes", "dogs", "--guidance", GUIDANCE))
+    assert not np.array_equal(usual, plain)
     pushed = draw(class_run, tmp_path, "--classes", "dogs", "--guidance", 4)
     nobody = [draw(class_run, tmp_path, "--classes", name, "--guidance", 0) for name in ("dogs", "cats")]
     assert not np.array_equal(plain, pushed)
     assert np.array_equal(*nobody)  # guidance 0 leaves the class out
+
+
+def test_a_coarser_integration_of_the_same_weights_guides(class_run, digits_run, tmp_path):
+    """By hand: away from the model that takes fewer ODE steps, and, where there are classes, from no class."""
+    for run, labels in ((class_run, torch.tensor([0, 1, 0, 1])), (digits_run, None)):
+        model, scheduler, config = load_model(run)
+        for given, steps in (([], (2, 3, 4)), (["--coarse-steps", 1, 1, 2], (1, 1, 2))):
+            drawn = draw(run, tmp_path, "--autoguidance", 3, *given)
+            coarse = load_model(run)[0]
+            coarse.set_solver(ode_steps=steps)
+            options = {"steps": 4, "labels": labels, "guidance": Guidance(3, coarse)}
+            save_grid({"": sample_images(model, scheduler, config["shape"], 4, **options)}, tmp_path / "hand.png")
+            assert np.array_equal(drawn, np.asarray(Image.open(tmp_path / "hand.png")))
+            assert not np.array_equal(drawn, draw(run, tmp_path))
 
 
 def test_training_moves_the_class_vectors_and_the_output_hears_them(class_run):
@@ -192,6 +209,15 @@ def test_a_bad_value_is_refused_by_its_flag(flag, value, digits_run, tmp_path):
     line = line_of_refusal("--checkpoint", digits_run, "--output", tmp_path / "out.png", flag, value)
     assert flag in line
     assert not (tmp_path / "out.png").exists()
+
+
+def test_what_autoguidance_needs_is_said(digits_run, inspired_run, class_run):
+    for run, words in (
+        (inspired_run, ["--autoguidance", 2]),
+        (digits_run, ["--coarse-steps", 1, 2, 3]),
+        (class_run, ["--autoguidance", 2, "--guidance", 2]),
+    ):
+        assert words[0] in line_of_refusal("--checkpoint", run, *words)
 
 
 def test_an_unknown_class_is_refused_with_those_there_are(class_run):

@@ -16,6 +16,7 @@ from images.batches import held_out_bank
 from images.datasets import load_images
 from models import build_model
 from training.checkpoint import load_model, read_model, read_resume
+from training.config import TrainConfig
 from training.validation import held_out_loss
 
 
@@ -86,8 +87,8 @@ VARIANTS = [
     ["--schedule", "cosine"],
     ["--prediction-type", "v"],
     ["--prediction-type", "eps", "--schedule", "cosine"],
-    ["--model", "inspired", "--class-conditional"],
-    ["--model", "unet", "--class-conditional"],
+    ["--model", "inspired"],
+    ["--model", "unet", "--no-class-conditional"],
     ["--solver", "exponential", "--image-size", 12],
 ]
 
@@ -99,10 +100,10 @@ def test_the_file_alone_gives_back_the_model_that_was_measured(options, light, t
     model, scheduler, config = load_model(run / "model.safetensors")
     bank = held_out_bank(load_images("digits", "unused", config["shape"][-1]), config["timesteps"], size=50)
     assert held_out_loss(model, scheduler, bank) == pytest.approx(float(rows(run)[-1]["held_out_loss"]), rel=1e-5)
-    flags = dict(zip(*[iter(option for option in options if option != "--class-conditional")] * 2, strict=True))
+    flags = dict(zip(*[iter(option for option in options if option != "--no-class-conditional")] * 2, strict=True))
     for flag in flags.keys() & {"--schedule", "--prediction-type", "--model"}:
         assert config[flag[2:].replace("-", "_")] == flags[flag]
-    assert model.num_classes == (10 if "--class-conditional" in options else 0)
+    assert model.num_classes == (0 if "--no-class-conditional" in options else 10)
 
 
 def test_the_command_that_a_run_prints_draws_from_it(light, tmp_path, monkeypatch):
@@ -113,6 +114,12 @@ def test_the_command_that_a_run_prints_draws_from_it(light, tmp_path, monkeypatc
     code, _, err = call(sample, *printed)
     assert code == 0, err
     assert (tmp_path / "samples.png").exists()
+
+
+@pytest.mark.parametrize("count, learned", [(0, False), (1, False), (2, True), (100, True), (101, False)])
+def test_classes_are_learned_where_there_are_some_and_not_too_many(count, learned):
+    assert TrainConfig().for_classes(count).class_conditional is learned
+    assert TrainConfig(class_conditional=not learned).for_classes(count).class_conditional is not learned
 
 
 def test_class_vectors_learn(light, tmp_path):

@@ -1,9 +1,10 @@
 """Everything that decides a run: `TrainConfig`, which is saved in `config.json`."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+MOST_CLASSES = 100  # that a run learns unless it is told otherwise; each has a vector of its own
 BEFORE_THE_FLAG = {"optimizer": "adamw"}  # a record without an optimizer is from the time when all used AdamW
 
 
@@ -13,7 +14,7 @@ class TrainConfig:
 
     model: str = "true"
     model_config: dict = field(default_factory=dict)  # further arguments of the network
-    class_conditional: bool = False
+    class_conditional: bool | None = None  # None: if the set has from 2 to MOST_CLASSES classes
     dataset: str = "cifar10"
     data_dir: str | Path = "data"
     image_size: int | str | None = None  # a side in pixels, or "HEIGHTxWIDTH"
@@ -52,6 +53,12 @@ class TrainConfig:
         if self.steps is not None:
             return self.steps
         return max(1, math.ceil((self.epochs or 0) * num_images / self.batch_size))
+
+    def for_classes(self, count: int) -> "TrainConfig":
+        """This config, decided on whether to learn the classes of a set that has `count` of them."""
+        if self.class_conditional is not None:
+            return self
+        return replace(self, class_conditional=2 <= count <= MOST_CLASSES)
 
     def progress(self, step: int, seconds: float, num_images: int) -> float:
         """The fraction of the run that is done after so many steps and seconds of training; 1 at its end."""

@@ -87,6 +87,7 @@ def train(
             data = data.to(processes.device)
         if config.class_conditional and len(data.classes) < 2:
             raise UserError(f"--class-conditional: {config.data_dir} has no classes to tell apart")
+        config = config.for_classes(len(data.classes))
 
         smaller = f"--batch-size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller --image-size"
         with failures_named(run, processes, smaller):

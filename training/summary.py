@@ -34,9 +34,11 @@ def description(config: TrainConfig, data: ImageData, model: Denoiser, processes
     how = [config.precision] + ["compiled"] * (config.compile == "on")
     if device == "cpu":
         how += kernels_used(config)
+    knows = f", {len(data.classes)} classes" if config.class_conditional else ""
+    size = f"{count_parameters(model):,} parameters, {macs:,} multiply-adds per forward pass"
     lines = [
         f"device   {where}, {', '.join(how)}",
-        f"model    {config.model}: {count_parameters(model):,} parameters, {macs:,} multiply-adds per forward pass",
+        f"model    {config.model}{knows}: {size}",
         f"data     {config.dataset}: {len(data.train):,} images {shape}, {len(data.held_out):,} held out",
         *([f"classes  {listed(data.images_per_class())}"] if config.dataset == "folder" else []),
         *(f"note     {note}" for note in data.notes),

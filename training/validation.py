@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from choices import GUIDANCE
 from diffusion import DDPMScheduler, Denoiser, carries_state, sample_images
 from images.batches import Batch
 from images.datasets import ImageData
@@ -33,7 +34,8 @@ def held_out_loss(
 
 
 def sample_grid(model: Denoiser, scheduler: DDPMScheduler, data: ImageData) -> Tensor:
-    """Images to look at during training, always from the same noise; the classes take turns."""
+    """Images to look at during training, always from the same noise; the classes take turns, with usual guidance."""
     labels = torch.arange(GRID_IMAGES) % model.num_classes if model.num_classes else None
+    guidance = GUIDANCE if model.num_classes else 1.0
     steps = min(50, scheduler.num_timesteps)
-    return sample_images(model, scheduler, data.shape, GRID_IMAGES, steps=steps, labels=labels)
+    return sample_images(model, scheduler, data.shape, GRID_IMAGES, steps=steps, labels=labels, guidance=guidance)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from choices import SHOWN
-from diffusion import DDPMScheduler, Denoiser, carries_state, sample_images
+from diffusion import DDPMScheduler, Denoiser, Guidance, carries_state, sample_images
 from images.batches import Batch, held_out_bank, to_float
 from images.datasets import ImageData
 from lab.classifier.network import Classifier, read
@@ -42,6 +42,7 @@ from runtime.progress import progress_bar
 from training.validation import held_out_loss
 
 BINS = 10
+HOW_DRAWN = ("sampler", "steps", "seed", "classes", "guidance", "guide_ode_steps")
 MOST_REFERENCES = 10_000  # held-out images that features of samples are compared with
 HELD_OUT_QUERIES = 256  # held-out images, whose distances from the training images those of samples are compared with
 
@@ -59,7 +60,7 @@ def evaluate(
     steps: int,
     seed: int,
     batch_size: int,
-    guidance: float,
+    guidance: Guidance,
     classifier: Classifier | str,
     inception: Path | str,
 ) -> tuple[Report, Tensor]:
@@ -82,7 +83,7 @@ def evaluate(
     picture, report["nearest_training_images"] = neighbours(samples, data, seed)
     report["classifier"] = by_classifier(samples, asked, data, classifier, seed)
     report["fid"], report["kid"] = fid_and_kid(samples, data, inception, device, batch_size)
-    drawn = {key: report["sampling"][key] for key in ("sampler", "steps", "seed", "classes", "guidance")}
+    drawn = {key: report["sampling"][key] for key in HOW_DRAWN if key in report["sampling"]}
     for name in ("sliced_wasserstein", "nearest_training_images", "classifier", "fid", "kid"):
         report[name]["samples"] = drawn
     return report, picture
@@ -228,7 +229,7 @@ def draw(
     seed: int,
     batch_size: int,
     labels: Tensor | None,
-    guidance: float,
+    guidance: Guidance,
 ) -> tuple[Tensor, Report]:
     """(uint8 samples (N, C, H, W), how and how fast they were drawn)."""
     with progress_bar(desc="sampling", total=num_images * steps, unit="call", unit_scale=True) as bar:
@@ -248,6 +249,7 @@ def draw(
         )
         seconds = time.monotonic() - started
     finite(images.sum().item(), "the sum of the samples")
+    guide = guidance.guide
     return ((images + 1) * 127.5).round().byte(), {
         "value": num_images / seconds,
         "unit": "images/s",
@@ -258,7 +260,8 @@ def draw(
         "seed": seed,
         "batch_size": batch_size,
         "classes": "in turns" if model.num_classes else "unconditional",
-        "guidance": guidance,
+        "guidance": guidance.weight,
+        **({"guide_ode_steps": list(guide.current_steps())} if isinstance(guide, TrueLiquidDiffusionModel) else {}),
     }
 
 

@@ -15,6 +15,7 @@ from lab.evaluation.inception import MissingWeights, inception_weights
 from lab.evaluation.measures import Report, by_solver, evaluate, subject
 from lab.evaluation.ode_work import save_ode_work, with_ode
 from lab.evaluation.table import table
+from lab.guidance import chosen_guidance
 from runtime.errors import RunFailed, UserError, reason, user_errors
 from runtime.files import make_folder, save_json
 from runtime.hardware import choose_device, keep_freed_memory, out_of_memory_named, stay_within_memory
@@ -37,8 +38,7 @@ def measure_and_write(args: Namespace, run_folder: Path | None, output: Path, pi
         raise UserError(f"--steps: must be at most the model's {scheduler.num_timesteps} timesteps, got {args.steps}")
     args.dataset, args.data_dir, image_size, skip = data_source(args, config, run_folder)
     nearby = "name its folder with --data-dir"  # another data set would not be the one of this model
-    if args.guidance != 1 and not model.num_classes:
-        raise UserError("--guidance: this model has no classes; train.py --class-conditional learns them")
+    guidance = chosen_guidance(args, model)
     data = load_images(args.dataset, args.data_dir, image_size, skip_bad_images=skip, otherwise=nearby)
     check_fit(data, config)
     make_folder(output.parent, "--output")
@@ -58,7 +58,7 @@ def measure_and_write(args: Namespace, run_folder: Path | None, output: Path, pi
                 classifier,
                 num_images=args.num_images,
                 bound_images=args.bound_images,
-                calls_per_image=args.steps * (1 if args.guidance == 1 else 2),
+                calls_per_image=args.steps * (1 if guidance.weight == 1 else 2),
                 batch_size=args.batch_size,
             )
             print(f"time     {in_words(parts)}", flush=True)
@@ -72,7 +72,7 @@ def measure_and_write(args: Namespace, run_folder: Path | None, output: Path, pi
                 steps=args.steps,
                 seed=args.seed,
                 batch_size=args.batch_size,
-                guidance=args.guidance,
+                guidance=guidance,
                 classifier=classifier,
                 inception=inception,
             )
