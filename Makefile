@@ -6,10 +6,9 @@ DEMO ?= runs/demo
 .PHONY: demo check test clean
 
 demo: $(VENV)/.run
-	$(VENV)/bin/python train.py --dataset digits --image-size 16 --class-conditional --batch-size 64 --minutes 2 \
-		--output-dir $(DEMO)
+	$(VENV)/bin/python train.py --dataset digits --image-size 16 --batch-size 64 --minutes 2 --output-dir $(DEMO)
 	$(VENV)/bin/python sample.py --checkpoint "$$(ls -d $(DEMO)/*-true-digits | tail -n 1)" --num-images 100 \
-		--guidance 2 --output $(DEMO)/digits.png
+		--output $(DEMO)/digits.png
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -47,7 +47,7 @@ def test_without_classes_and_with_other_colours_what_does_not_fit_is_new_and_sai
 
 
 def test_new_classes_of_a_model_without_any_change_nothing_at_first(source, tmp_path):
-    plain = trained(tmp_path / "plain", "--steps", 3, "--lr", 0.02, *QUICK)
+    plain = trained(tmp_path / "plain", "--steps", 3, "--lr", 0.02, "--no-class-conditional", *QUICK)
     weights, _ = started(plain, tmp_path / "new", "--class-conditional")
     assert weights["embedding.classes.weight"].abs().max() < 1e-6
 
