@@ -6,7 +6,7 @@ python data/render_font.py FONT --characters text:0123456789 --output data/figur
 python train.py --dataset folder --data-dir data/kanji
 
 Each image is one character, black on white, and is named by its code point: U+4E9C.png. The font's own layout is kept:
-all characters have one scale and one baseline, and each stands in the middle of its advance width. The scale is the
+all characters have one size and one baseline, and each stands in the middle of its advance width. The size is the
 largest that leaves a margin of about a 32nd of the side, at least a pixel, around the ink of all.
 """
 
@@ -55,13 +55,13 @@ def main() -> None:
     font, characters, folder = read_font(args.font), chosen(args.characters), Path(args.output)
     check_writable(folder, "--output")
     try:
-        places, scale = fitted(font, characters, args.size)
+        places, em = fitted(font, characters, args.size)
     except OSError as error:  # an outline is damaged
         raise UserError(f"FONT: cannot render {args.font}: {reason(error)}") from error
     paths = {folder / f"U+{ord(char):04X}.png": char for char in places}
     make_folder(folder, "--output")
     check_alone(folder, paths)
-    scaled = font.font_variant(size=EM * scale)
+    scaled = font.font_variant(size=em)
     for path, char in paths.items():
         with errors_named(path):
             drawn(char, scaled, args.size, places[char]).save(path)
@@ -107,13 +107,13 @@ def kanji(rows: Iterable[int]) -> list[str]:
     return [char for cell in cells for char in cell.decode("euc_jp", "ignore")]
 
 
-def fitted(font: ImageFont.FreeTypeFont, characters: list[str], size: int) -> tuple[dict[str, tuple[int, int]], float]:
-    """How to fit characters into squares of `size` pixels: the place of each that the font can show, and the scale.
+def fitted(font: ImageFont.FreeTypeFont, characters: list[str], size: int) -> tuple[dict[str, tuple[int, int]], int]:
+    """How to fit characters into squares of `size` pixels: the place of each that the font can show, and the em.
 
-    A place (x, y), in pixels from the top left of an image, is where the character begins on its baseline; Pillow puts
-    glyphs at whole pixels, where they are sharpest. The scale is in pixels of an image per pixel at the measuring size.
-    Pillow does not tell which glyph a character gets; the sign for a missing one is known by its looks. Raises
-    UserError if the font can show none of the characters.
+    A place (x, y), in pixels from the top left of an image, is where the character begins on its baseline. It and the
+    em, the size of the font, are whole pixels: the font's hints then make the strokes sharpest. Pillow does not tell
+    which glyph a character gets; the sign for a missing one is known by its looks. Raises UserError if the font can
+    show none of the characters.
     """
     start = ROOM // 2
     missing = drawn(NO_CHARACTER, font, ROOM, (start, start))
@@ -130,9 +130,10 @@ def fitted(font: ImageFont.FreeTypeFont, characters: list[str], size: int) -> tu
     if not centres:
         raise UserError(f"FONT: the font has none of the {len(characters):,} characters")
     top, bottom = min(tops), max(bottoms)
-    scale = (size - 2 * max(1, size / 32)) / max(2 * max(halves), bottom - top)
+    em = max(1, int(EM * (size - 2 * max(1, size / 32)) / max(2 * max(halves), bottom - top)))
+    scale = em / EM
     y = round(size / 2 - (top + bottom) / 2 * scale)
-    return {char: (round(size / 2 - centre * scale), y) for char, centre in centres.items()}, scale
+    return {char: (round(size / 2 - centre * scale), y) for char, centre in centres.items()}, em
 
 
 def drawn(char: str, font: ImageFont.FreeTypeFont, side: int, place: tuple[int, int]) -> Image.Image:
