@@ -11,10 +11,11 @@ import compare
 import evaluate
 import sample
 import train
+from data import render_font
 from lab.classifier import __main__ as classifier
 
 COMMANDS = {f"{module.__name__}.py": module for module in (train, sample, evaluate, compare, benchmark)}
-COMMANDS["classifier"] = classifier
+COMMANDS |= {"classifier": classifier, "render_font.py": render_font}
 PAGES = ["README.md", "RESULTS.md", "pretrained/README.md", "data/README.md"]
 LONGEST = {"README.md": 120, "RESULTS.md": 250}  # lines
 
@@ -30,7 +31,9 @@ def test_the_python_lines_of_readme_run_and_say_the_shapes_that_they_print(monke
 def test_the_commands_of_a_page_exist_with_their_flags(page):
     text = (ROOT / page).read_text().replace("\\\n", " ")
     shown = re.findall(
-        r"python (?:-m lab\.)?((?:classifier\b|(?:train|sample|evaluate|compare|benchmark)\.py)[^`|#\n]*)", text
+        r"python (?:-m lab\.|data/)?"
+        r"((?:classifier\b|(?:train|sample|evaluate|compare|benchmark|render_font)\.py)[^`|#\n]*)",
+        text,
     )
     for line in shown:
         command, *words = shlex.split(line.replace("[", "").replace("]", ""))

@@ -23,6 +23,7 @@ NETWORKS = {"liquid_diffusion", "liquid_diffusion_inspired", "baselines", "diffu
 MAY_IMPORT = {
     "choices": set(),
     "runtime": set(),
+    "data": {"runtime"},
     "kernels": {"runtime"},
     "liquid_diffusion": {"choices", "diffusion", "kernels"},
     "liquid_diffusion_inspired": {"diffusion", "kernels", "liquid_diffusion"},
@@ -119,6 +120,8 @@ def test_a_command_knows_its_flags_without_torch():
         ("evaluate", ["--checkpoint", "nowhere"]),
         ("compare", ["--dataset", "folder", "--data-dir", "nowhere"]),
         ("benchmark", ["--image-size", "9"]),
+        ("data/render_font", ["--help"]),
+        ("data/render_font", ["nowhere", "--output", "nowhere"]),
     ],
 )
 def test_help_and_what_is_wrong_with_the_flags_are_said_before_torch_is_imported(command, words):
