@@ -58,6 +58,9 @@ def parser() -> Parser:
     add("--image-size", metavar="SIDE|HxW", type=parsed_by(image_size),
         help="resize images to this side in pixels, or to HEIGHTxWIDTH such as 32x48, both multiples of 4 "
         "(default: the set's own size; folder: 32)")
+    add("--mirror", action=BooleanOptionalAction,
+        help="with --dataset cifar10 or folder: show half of the images mirrored; --no-mirror where left and right "
+        "must not be exchanged, as in writing")
     add("--output-dir", type=file_or_folder, help="where the new run folder is made")
     one_of("--epochs", type=length, help="length of the run, in passes over the data set")
     one_of("--steps", type=integer(1, 10**9, "a longer run would take years"),

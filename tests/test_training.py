@@ -1,5 +1,6 @@
 """The loop's pure functions, and what a short run learns."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffusion import DDPMScheduler
-from images.batches import held_out_bank
+from images.batches import held_out_bank, training_batch
 from images.datasets import load_images
 from lab.comparison.wiener import fit_wiener
 from runtime.errors import UserError
@@ -122,3 +123,18 @@ def test_a_device_that_is_not_there_is_named():
     missing = next((d for d in ("cuda", "mps") if choose_device("auto").type != d), None)
     with pytest.raises(UserError, match=f"--device: {missing}"):
         choose_device(missing)
+
+
+@pytest.mark.parametrize(
+    "dataset, wanted, mirrored", [("folder", True, True), ("folder", False, False), ("digits", True, False)]
+)
+def test_images_are_mirrored_where_that_makes_sense_and_is_wanted(
+    dataset, wanted, mirrored, class_images, monkeypatch, tmp_path
+):
+    """Of what the loop is given, a batch of many draws has two versions of an image, or one."""
+    found = []
+    monkeypatch.setattr("training.loop.loop", lambda config, data, *_: found.append(data) or True)
+    train(TrainConfig(dataset=dataset, data_dir=class_images, mirror=wanted, output_dir=tmp_path, compile="off"))
+    data = replace(found[0], train=found[0].train[:1], train_labels=found[0].train_labels[:1])
+    x_0 = training_batch(data, lambda uniform: uniform.long(), seed=0, number=0, batch_size=32).x_0
+    assert len(x_0.unique(dim=0)) == 1 + mirrored

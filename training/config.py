@@ -15,6 +15,7 @@ class TrainConfig:
     model: str = "true"
     model_config: dict = field(default_factory=dict)  # further arguments of the network
     class_conditional: bool | None = None  # None: if the set has from 2 to MOST_CLASSES classes
+    mirror: bool = True  # half of the images, in sets where left and right may be exchanged
     dataset: str = "cifar10"
     data_dir: str | Path = "data"
     image_size: int | str | None = None  # a side in pixels, or "HEIGHTxWIDTH"

@@ -84,7 +84,7 @@ def train(
             )
             if resume is not None and config.dataset == "folder":
                 data = replace(data, notes=(*data.notes, *changes_since(resume, data)))
-            data = data.to(processes.device)
+            data = replace(data.to(processes.device), mirror=data.mirror and config.mirror)
         if config.class_conditional and len(data.classes) < 2:
             raise UserError(f"--class-conditional: {config.data_dir} has no classes to tell apart")
         config = config.for_classes(len(data.classes))
