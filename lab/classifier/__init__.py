@@ -1,5 +1,5 @@
 """A small classifier of a data set, in whose features `evaluate.py` compares samples with images. No download needed.
 
-In the order to read it: `network` (the convolutions and their file), `training` (some minutes on two cores), and
+In the order to read it: `network` (the convolutions and their file), `training` (half an hour on two cores), and
 `__main__`, the command `python -m lab.classifier`.
 """

@@ -27,7 +27,7 @@ def parser() -> Parser:
     add("--image-size", type=integer(4, 4096, "larger images would need a larger network"),
         help="resize to squares with this side (default: as they are; 32 for a folder)")
     add("--skip-bad-images", action="store_true", help="with --dataset folder: leave out images that cannot be read")
-    add("--images", type=integer(1, 10**9, "it would take weeks"), default=500_000,
+    add("--images", type=integer(1, 10**9, "it would take weeks"), default=1_000_000,
         help="how many training images are seen in total")
     add("--seed", type=integer(0, 10**12, "larger ones give nothing new"), default=0,
         help="of the first weights, and of the order, shifts and flips of the images")
