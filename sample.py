@@ -32,8 +32,8 @@ def parser() -> Parser:
     add("--checkpoint", nargs="+", type=file_or_folder, metavar="RUN",
         help="a run folder or a model.safetensors (default: the published weights); several are drawn side by side, "
         "from the same noise")
-    add("--num-images", type=integer(1, 10**6, "few programs open a larger picture"), default=64,
-        help="how many images to draw")
+    add("--num-images", type=integer(1, 10**6, "few programs open a larger picture"),
+        help="how many images to draw (default: eight rows: of a column for each class, or of eight columns)")
     add("--output", type=file_or_folder, nargs="+", default=["samples.png"], metavar="PATH",
         help="where the images are written, to one or several of: PNG (the grid), NPZ (arr_0, seeds and labels, as "
         "other programs read them), FOLDER/ (a PNG for each image, by class, and images.csv)")

@@ -14,32 +14,70 @@ from runtime.errors import RunFailed
 from runtime.files import PRODUCER, atomic_path, save_figure
 
 GAP, CAPTION = 16, 28  # pixels between two grids, and above a grid for its name
+NAME_SIZE, SMALLEST_SIZE = 16, 8  # pixels; of the letters of a name
+MOST_COLUMNS = 16  # of a grid with a column for each class
 SMALLEST_SIDE = 64  # pixels; the images of a grid are enlarged to about this side, so that a person sees them
 
 
-def grid_image(images: Tensor, columns: int | None = None) -> Image.Image:
+def class_columns(turns: Sequence[str], num_images: int | None = None) -> list[str]:
+    """The name of each column of a grid whose images take turns over these classes: each class has its own columns.
+
+    There are about eight columns, or one for each class, and none for fewer than 2 or more than MOST_COLUMNS classes,
+    nor for fewer images than classes.
+    """
+    if not 2 <= len(turns) <= min(MOST_COLUMNS, num_images or MOST_COLUMNS):
+        return []
+    repeats = max(1, min(round(8 / len(turns)), (num_images or MOST_COLUMNS) // len(turns)))
+    return list(turns) * repeats
+
+
+def grid_image(images: Tensor, columns: int | None = None, names: Sequence[str] = ()) -> Image.Image:
     """A grid of images (N, C, H, W) in [-1, 1], enlarged by a whole factor; about square unless `columns` is given.
 
-    Raises RunFailed if a value is not finite, since such an image would be drawn black.
+    names: of the columns, written above them; there are as many columns, then. Raises RunFailed if a value is not
+    finite, since such an image would be drawn black.
     """
     if not torch.isfinite(images).all():
         raise RunFailed("the images have values that are not finite; no picture was written")
-    columns = columns or math.ceil(math.sqrt(len(images)))
+    columns = len(names) or columns or math.ceil(math.sqrt(len(images)))
     rows, (height, width) = math.ceil(len(images) / columns), images.shape[-2:]
     pixels = ((images.clamp(-1, 1) + 1) / 2 * 255).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     picture = Image.new("RGB", (columns * (width + 1) + 1, rows * (height + 1) + 1), "white")
     for i, image in enumerate(pixels):
         picture.paste(Image.fromarray(image), (i % columns * (width + 1) + 1, i // columns * (height + 1) + 1))
     zoom = max(1, SMALLEST_SIDE // images.shape[-1])
-    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    if not names:
+        return picture
+    whole = Image.new("RGB", (picture.width, picture.height + CAPTION), "white")
+    whole.paste(picture, (0, CAPTION))
+    text, room = ImageDraw.Draw(whole), zoom * (width + 1)
+    for i, name in enumerate(names):
+        font, shown = fitting(name, zoom * width)
+        text.text((i * room + (room + zoom) // 2, CAPTION // 2), shown, "black", anchor="mm", font=font)
+    return whole
 
 
-def grids_beside(grids: dict[str, Tensor]) -> Image.Image:
-    """Grids of images (N, C, H, W) in [-1, 1] side by side, each under its name; a single grid has no name."""
-    pictures = [grid_image(images) for images in grids.values()]
+def fitting(name: str, width: int) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, str]:
+    """A font in which the name takes at most `width` pixels, and the name, shortened if no font is small enough."""
+    for size in range(NAME_SIZE, SMALLEST_SIZE - 1, -1):
+        font = ImageFont.load_default(size)
+        if font.getlength(name) <= width:
+            return font, name
+    font = ImageFont.load_default(SMALLEST_SIZE)
+    kept = next(n for n in range(len(name), -1, -1) if n == 0 or font.getlength(f"{name[:n]}.") <= width)
+    return font, f"{name[:kept]}."
+
+
+def grids_beside(grids: dict[str, Tensor], names: Sequence[str] = ()) -> Image.Image:
+    """Grids of images (N, C, H, W) in [-1, 1] side by side, each under its name; a single grid has no name.
+
+    names: of the columns of every grid.
+    """
+    pictures = [grid_image(images, names=names) for images in grids.values()]
     if len(pictures) == 1:
         return pictures[0]
-    font = ImageFont.load_default(16)
+    font = ImageFont.load_default(NAME_SIZE)
     widths = [max(p.width, math.ceil(font.getlength(name))) for name, p in zip(grids, pictures, strict=True)]
     height = CAPTION + max(picture.height for picture in pictures)
     whole = Image.new("RGB", (sum(widths) + GAP * (len(widths) - 1), height), "white")
@@ -51,18 +89,21 @@ def grids_beside(grids: dict[str, Tensor]) -> Image.Image:
     return whole
 
 
-def save_grid(images: Tensor | dict[str, Tensor], path: str | Path) -> None:
-    """Write a grid of images (N, C, H, W) in [-1, 1], or several named grids side by side, as PNG."""
-    picture = grids_beside(images) if isinstance(images, dict) else grid_image(images)
+def save_grid(images: Tensor | dict[str, Tensor], path: str | Path, names: Sequence[str] = ()) -> None:
+    """Write a grid of images (N, C, H, W) in [-1, 1], or several named grids side by side, as PNG.
+
+    names: of the columns of every grid.
+    """
+    picture = grids_beside(images if isinstance(images, dict) else {"": images}, names)
     mark = PngInfo()
     mark.add_text("Software", PRODUCER)
     with atomic_path(path) as temporary:
         picture.save(temporary, "PNG", pnginfo=mark, compress_level=4)  # in half of level 6's time; 1 % larger
 
 
-def save_gif(frames: Sequence[dict[str, Tensor]], path: str | Path) -> None:
+def save_gif(frames: Sequence[dict[str, Tensor]], path: str | Path, names: Sequence[str] = ()) -> None:
     """Write an animation of grids, each frame as for `grids_beside`; the last frame stays for two seconds."""
-    pictures = [grids_beside(frame) for frame in frames]
+    pictures = [grids_beside(frame, names) for frame in frames]
     timing = {"duration": [80] * (len(pictures) - 1) + [2000], "loop": 0}
     with atomic_path(path) as temporary:
         pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], comment=PRODUCER, **timing)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion import DDPMScheduler, Denoiser, Guidance, sample_images
-from images.pictures import save_gif, save_grid
+from images.pictures import class_columns, save_gif, save_grid
 from images.single import save_folder, save_npz
 from kernels import native
 from lab.evaluation.tau_maps import record, save_tau_maps
@@ -26,6 +26,7 @@ from runtime.progress import progress_bar
 from training.checkpoint import load_model
 
 SHOWN = 3  # images in the maps of time constants
+ROWS = 8  # of a grid, and columns of one without classes, unless the number of images is given
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,11 @@ def draw_and_write(args: argparse.Namespace, written: Sequence[Path], gif: Path 
     with user_errors("--solver"):
         for model in liquid.values():
             model.set_solver(args.solver, args.ode_steps)
-    labels = {
-        name: chosen_labels(args.classes, one.config["classes"], one.model.num_classes, args.num_images)
-        for name, one in drawn.items()
-    }
+    turns = {name: chosen_turns(args.classes, one) for name, one in drawn.items()}
+    asked = [[drawn[name].config["classes"][label] for label in each] for name, each in turns.items()]
+    columns = class_columns(asked[0], args.num_images) if all(each == asked[0] for each in asked) else []
+    args.num_images = args.num_images or ROWS * (len(columns) or ROWS)
+    labels = {name: in_turns(each, args.num_images) for name, each in turns.items()}
     guidance = {name: chosen_guidance(args, one.model) for name, one in drawn.items()}
     if len(drawn) > 1 and any(path.suffix.lower() != ".png" for path in written):
         raise UserError("--output: single images are of one model; name one --checkpoint, or a PNG")
@@ -77,9 +79,9 @@ def draw_and_write(args: argparse.Namespace, written: Sequence[Path], gif: Path 
     with out_of_memory_named(min(args.batch_size, args.num_images), "a smaller model"):
         images, frames = draw(args, drawn, labels, guidance)
         for path in written:
-            write(path, partial(save_as, path, images, labels, drawn, args.seed))
+            write(path, partial(save_as, path, images, labels, drawn, args.seed, columns))
         if gif is not None:
-            write(gif, lambda: save_gif(frames, gif))
+            write(gif, lambda: save_gif(frames, gif, columns))
         if maps is not None:
             name, model = next(iter(liquid.items()))
             options: dict[str, Any] = sampling_options(args) | {"labels": labels[name], "guidance": guidance[name]}
@@ -89,11 +91,16 @@ def draw_and_write(args: argparse.Namespace, written: Sequence[Path], gif: Path 
 
 
 def save_as(
-    path: Path, images: dict[str, Tensor], labels: dict[str, Tensor | None], drawn: dict[str, Drawn], seed: int
+    path: Path,
+    images: dict[str, Tensor],
+    labels: dict[str, Tensor | None],
+    drawn: dict[str, Drawn],
+    seed: int,
+    columns: Sequence[str],
 ) -> None:
-    """Write what was drawn as the path says: a grid of all, or the single images of the only model."""
+    """Write what was drawn as the path says: a grid of all with these columns, or single images of the only model."""
     if path.suffix.lower() == ".png":
-        save_grid(images, path)
+        save_grid(images, path, columns)
         return
     name, one = next(iter(drawn.items()))
     save = save_npz if path.suffix.lower() == ".npz" else save_folder
@@ -150,20 +157,23 @@ def draw(
     return images, [{name: torch.cat(x_0[name][step]) for name in drawn} for step in steps]
 
 
-def chosen_labels(classes: str | None, names: list[str], num_classes: int, num_images: int) -> Tensor | None:
-    """(num_images,) labels that take turns over the named classes, or over all of a class-conditional model's.
+def chosen_turns(classes: str | None, one: Drawn) -> list[int]:
+    """The labels that the images take turns over: of the named classes, else of all; none of a model without classes.
 
     Raises UserError for a class that the model does not have, and for what may be two of its classes.
     """
-    if not num_classes:
-        if classes is not None:
-            raise UserError("--classes: this model has no classes; train.py --class-conditional learns them")
-        return None
-    turns = list(range(num_classes))
-    if classes is not None:
-        with user_errors("--classes"):
-            turns = chosen(classes, names[:num_classes])
-    return torch.tensor(turns)[torch.arange(num_images) % len(turns)]
+    count = one.model.num_classes
+    if classes is None:
+        return list(range(count))
+    if not count:
+        raise UserError("--classes: this model has no classes; train.py --class-conditional learns them")
+    with user_errors("--classes"):
+        return chosen(classes, one.config["classes"][:count])
+
+
+def in_turns(turns: Sequence[int], num_images: int) -> Tensor | None:
+    """(num_images,) labels that take turns; None if there are none."""
+    return torch.tensor(turns)[torch.arange(num_images) % len(turns)] if turns else None
 
 
 def write(path: Path, save: Callable[[], None]) -> None:

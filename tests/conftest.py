@@ -55,7 +55,7 @@ def light_records(patch: Callable = setattr) -> None:
     These take longer than the steps of a short run. A `prepare` for a forked process; in this one use `light`.
     """
     patch(training.loop, "held_out_bank", partial(held_out_bank, size=50))
-    patch(training.validation, "GRID_IMAGES", 4)
+    patch(training.validation, "GRID_ROWS", 1)
     patch(training.run_log, "save_loss_curves", lambda *_: None)
 
 

@@ -4,7 +4,9 @@ import unicodedata
 
 import pytest
 
-from lab.drawing import chosen_labels
+from diffusion import DDPMScheduler
+from lab.drawing import Drawn, chosen_turns, in_turns
+from liquid_diffusion import TrueLiquidDiffusionModel
 from runtime.errors import UserError
 from runtime.names import chosen
 
@@ -69,7 +71,8 @@ def test_what_is_no_class_is_refused_and_a_long_list_is_not_printed(text):
 
 
 def test_the_flag_is_named_and_only_the_model_s_classes_are_chosen():
-    assert chosen_labels("b,0", ["a", "b"], 2, 5).tolist() == [1, 0, 1, 0, 1]
-    assert chosen_labels(None, ["a", "b"], 2, 3).tolist() == [0, 1, 0]
+    one = Drawn(TrueLiquidDiffusionModel(num_classes=2), DDPMScheduler(), {"classes": ["a", "b", "c"]})
+    assert chosen_turns("b,0", one) == [1, 0] and chosen_turns(None, one) == [0, 1]
+    assert in_turns([1, 0], 5).tolist() == [1, 0, 1, 0, 1] and in_turns([], 5) is None
     with pytest.raises(UserError, match="--classes: no class 'c'"):
-        chosen_labels("c", ["a", "b"], 2, 1)
+        chosen_turns("c", one)

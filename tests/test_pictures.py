@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from images.pictures import save_gif, save_grid, save_loss_curves
+from images.pictures import class_columns, save_gif, save_grid, save_loss_curves
 from runtime.errors import RunFailed
 
 
@@ -51,6 +51,33 @@ def test_named_grids_stand_side_by_side_under_their_names(tmp_path):
     assert np.array_equal(pixels[:, :width], one)
     assert pixels[:, -width:].min() == 255
     assert caption[:, :width].min() < 100 and caption[:, -width:].min() < 100  # something is written above each
+
+
+def test_columns_stand_under_their_names_and_a_long_name_stays_in_its_column(tmp_path):
+    images = torch.full((6, 3, 8, 8), -1.0)
+    save_grid(images, tmp_path / "names.png", ["a", "", "W" * 40])
+    save_grid(images, tmp_path / "none.png")
+    names, none = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("names.png", "none.png"))
+    height, width, _ = none.shape  # three columns, too: about square
+    assert np.array_equal(names[-height:], none)
+    written = (names[:-height] < 100).any(axis=(0, 2))
+    column = (width - 8) // 3  # and the frame's last line
+    first, second, third = (written[i * column : (i + 1) * column].any() for i in range(3))
+    assert first and third and not second
+
+
+@pytest.mark.parametrize(
+    "classes, images, columns",
+    [
+        *[(10, None, 10), (2, None, 8), (3, None, 9), (16, None, 16), (1, None, 0), (17, None, 0), (0, None, 0)],
+        *[(10, 9, 0), (10, 10, 10), (2, 5, 4), (2, 100, 8)],
+    ],
+)
+def test_each_class_has_its_own_columns_where_they_fit(classes, images, columns):
+    turns = [f"class {i}" for i in range(classes)]
+    names = class_columns(turns, images)
+    assert len(names) == columns
+    assert all(name == turns[i % classes] for i, name in enumerate(names))
 
 
 def test_curves_of_a_run_that_was_stopped_before_its_first_line_are_empty_without_a_warning(tmp_path, recwarn):

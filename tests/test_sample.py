@@ -133,9 +133,12 @@ def test_classes_by_name_or_number_take_turns(class_run, tmp_path):
     dogs, cats = draw(class_run, tmp_path, "--classes", "dogs"), draw(class_run, tmp_path, "--classes", "cats")
     assert dogs.mean() > cats.mean() + 50
     assert np.array_equal(dogs, draw(class_run, tmp_path, "--classes", "1"))
-    in_turns = draw(class_run, tmp_path, "--classes", "cats, 1")
-    half = in_turns.shape[1] // 2  # images 0 and 2 lie on the left, 1 and 3 on the right
-    assert np.array_equal(in_turns[:, :half], cats[:, :half]) and np.array_equal(in_turns[:, half:], dogs[:, half:])
+    in_turns = draw(class_run, tmp_path, "--classes", "cats, 1")  # four columns under their names
+    frame = 8  # pixels of a line, after each image and before the first
+    side = (dogs.shape[1] - frame) // 2
+    row = in_turns[-(side + frame) :]
+    assert np.array_equal(row[:side, :side], cats[:side, :side])
+    assert np.array_equal(row[:side, side : 2 * side], dogs[:side, side : 2 * side])
     assert np.array_equal(in_turns, draw(class_run, tmp_path))  # all classes by default
 
 
@@ -153,12 +156,13 @@ def test_a_coarser_integration_of_the_same_weights_guides(class_run, digits_run,
     """By hand: away from the model that takes fewer ODE steps, and, where there are classes, from no class."""
     for run, labels in ((class_run, torch.tensor([0, 1, 0, 1])), (digits_run, None)):
         model, scheduler, config = load_model(run)
+        names = () if labels is None else ("cats", "dogs") * 2
         for given, steps in (([], (2, 3, 4)), (["--coarse-steps", 1, 1, 2], (1, 1, 2))):
             drawn = draw(run, tmp_path, "--autoguidance", 3, *given)
             coarse = load_model(run)[0]
             coarse.set_solver(ode_steps=steps)
             options = {"steps": 4, "labels": labels, "guidance": Guidance(3, coarse)}
-            save_grid({"": sample_images(model, scheduler, config["shape"], 4, **options)}, tmp_path / "hand.png")
+            save_grid(sample_images(model, scheduler, config["shape"], 4, **options), tmp_path / "hand.png", names)
             assert np.array_equal(drawn, np.asarray(Image.open(tmp_path / "hand.png")))
             assert not np.array_equal(drawn, draw(run, tmp_path))
 

@@ -227,10 +227,10 @@ class Records:
         held_out = held_out_loss(average, self.scheduler, self.bank)
         self.state.check(math.isfinite(held_out), f"the held-out loss is {held_out}", self.run)
         if self.config.draw_grids:
-            grid = sample_grid(average, self.scheduler, self.data)
-            finite = bool(grid.isfinite().all())
+            images, columns = sample_grid(average, self.scheduler, self.data)
+            finite = bool(images.isfinite().all())
             self.state.check(finite, f"the loss is {mean_loss:.4g} but a sample is not finite", self.run)
-            log.grid(self.state.step, grid)
+            log.grid(self.state.step, images, columns)
         return held_out
 
     def close_run(self) -> None:

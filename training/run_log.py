@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -54,11 +55,11 @@ class RunLog:
         self.file.flush()
         os.fsync(self.file.fileno())
 
-    def grid(self, step: int, images: Tensor) -> None:
-        """Write sampled images (N, C, H, W) in [-1, 1] as a PNG."""
+    def grid(self, step: int, images: Tensor, columns: Sequence[str]) -> None:
+        """Write sampled images (N, C, H, W) in [-1, 1] as a PNG, with the names of its columns, if it has some."""
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
-        save_grid(images, folder / f"step_{step:07d}.png")
+        save_grid(images, folder / f"step_{step:07d}.png", columns)
 
     def curves(self) -> None:
         """Plot all rows so far as `loss.png`."""

@@ -7,8 +7,9 @@ from choices import GUIDANCE
 from diffusion import DDPMScheduler, Denoiser, carries_state, sample_images
 from images.batches import Batch
 from images.datasets import ImageData
+from images.pictures import class_columns
 
-GRID_IMAGES = 64
+GRID_ROWS = 8
 
 
 @torch.no_grad()
@@ -33,9 +34,15 @@ def held_out_loss(
     return torch.cat(losses).double().mean().item()
 
 
-def sample_grid(model: Denoiser, scheduler: DDPMScheduler, data: ImageData) -> Tensor:
-    """Images to look at during training, always from the same noise; the classes take turns, with usual guidance."""
-    labels = torch.arange(GRID_IMAGES) % model.num_classes if model.num_classes else None
+def sample_grid(model: Denoiser, scheduler: DDPMScheduler, data: ImageData) -> tuple[Tensor, list[str]]:
+    """(images to look at during training, always from the same noise, the names of their grid's columns).
+
+    The classes take turns, with the usual guidance.
+    """
+    columns = class_columns(data.classes) if model.num_classes else []
+    count = GRID_ROWS * (len(columns) or GRID_ROWS)
+    labels = torch.arange(count) % model.num_classes if model.num_classes else None
     guidance = GUIDANCE if model.num_classes else 1.0
     steps = min(50, scheduler.num_timesteps)
-    return sample_images(model, scheduler, data.shape, GRID_IMAGES, steps=steps, labels=labels, guidance=guidance)
+    images = sample_images(model, scheduler, data.shape, count, steps=steps, labels=labels, guidance=guidance)
+    return images, columns
