@@ -43,13 +43,13 @@ def classifier_or_reason(named: str | None, data: ImageData) -> tuple[Classifier
         if len(data.classes) < 2:
             return "these images have no classes to train a classifier with", None
         command = f"python -m lab.classifier --dataset {data.name}{where}{size}"
-        return f"none is published; {command} trains one for --classifier", None
+        return f"no classifier of these images is published; {command} trains one for --classifier", None
     classifier, about = load_classifier(path)
     for what, found, wanted in (("shape", data.shape, about["shape"]), ("classes", data.classes, about["classes"])):
         if tuple(found) != tuple(wanted):
             raise UserError(f"--classifier: {path} is for images of another {what} than those of {data.name}")
     if len(data.train) < SHOWN or len(data.held_out) <= NEIGHBOURS:
-        return f"needs at least {SHOWN} training and {NEIGHBOURS + 1} held-out images", None
+        return f"at least {SHOWN} training and {NEIGHBOURS + 1} held-out images are needed", None
     return classifier, path
 
 
