@@ -17,7 +17,7 @@ import argparse
 import json
 from pathlib import Path
 
-from choices import ARMS, DATASETS, DEVICES, OPTIMIZERS, PREDICTION_TYPES, SCHEDULES, SHOWN
+from choices import ARMS, DATASETS, DEVICES, GUIDANCE, OPTIMIZERS, PREDICTION_TYPES, SCHEDULES, SHOWN
 from images.sides import image_size
 from runtime.command_line import Parser, file_or_folder, integer, number, parsed_by, run, slow_imports, spelled
 from runtime.errors import UserError, reason
@@ -82,9 +82,9 @@ def parser() -> Parser:
     add("--num-images", type=integer(0, 10**6, "no figure gets better with more"), default=2000,
         help="how many images to draw with the final weights of each training run, for FD and KID in the features of a "
         "classifier; DPM-Solver++ draws them in 50 steps, or fewer if there are fewer timesteps; 0 draws none")
-    add("--guidance", type=number(0, 100, "images only get harsher"), default=1.0,
-        help="with --class-conditional: how strongly samples follow their class; 1 is the model itself, and any other "
-        "value doubles the time of drawing")
+    add("--guidance", type=number(0, 100, "more saturates every pixel"),
+        help="with --class-conditional: how many times the step from the prediction without a class to that with the "
+        f"class is taken in drawing; 1 is no guidance, which takes half the time (default: {GUIDANCE:g})")
     add("--classifier", type=file_or_folder, metavar="FILE",
         help="the classifier, which python -m lab.classifier trains (default: the published one of these classes, if "
         "there is one)")
@@ -100,8 +100,10 @@ def main() -> None:
     check_writable(folder, "--output-dir")
     if 0 < s.num_images < SHOWN:
         raise UserError(f"--num-images: must be 0 or at least {SHOWN}, got {s.num_images}")
-    if s.guidance != 1 and not s.class_conditional:
+    if s.guidance not in (None, 1) and not s.class_conditional:
         raise UserError("--guidance: models without classes have none; add --class-conditional")
+    if s.guidance is None:
+        s.guidance = GUIDANCE if s.class_conditional else 1.0
     if s.classifier is not None and not Path(s.classifier).is_file():
         raise UserError(f"--classifier: {s.classifier}: no such file")
     s.arms, s.lrs = list(dict.fromkeys(s.arms)), sorted(set(s.lrs))

@@ -273,7 +273,7 @@ def test_the_samples_of_an_earlier_comparison_are_measured_also_when_that_is_sto
     assert [{k: v for k, v in row.items() if k not in own} for row in rows] == [
         {k: v for k, v in row.items() if k not in own} for row in before
     ]
-    for row in rows[:3]:
+    for row in (rows[0], rows[2]):
         (run,) = folder.glob(f"runs/{row['arm'].replace(':', '-')}-*seed{row['seed']}-share1/*")
         found = by_evaluate(run, "--classifier", classifier)
         assert float(row["fd"]) == pytest.approx(found["fd"]["value"], rel=1e-3)
@@ -301,9 +301,10 @@ def test_with_classes_all_arms_learn_them_and_are_drawn_with_guidance(classifier
         found = by_evaluate(run, "--classifier", classifier, "--guidance", 50)
         for name in ("fd", "recognised"):
             assert float(row[name]) == pytest.approx(found[name]["value"], rel=1e-5)
-        assert float(row["fd"]) != pytest.approx(by_evaluate(run, "--classifier", classifier)["fd"]["value"], rel=1e-4)
+        other = by_evaluate(run, "--classifier", classifier, "--guidance", 1)
+        assert float(row["fd"]) != pytest.approx(other["fd"]["value"], rel=1e-4)
     assert "guidance 50" in (tmp_path / "comparison.md").read_text()
-    code, _, err = call(compare, *TINY, "--output-dir", tmp_path, *options[:8], "--amount", 80)
+    code, _, err = call(compare, *TINY, "--output-dir", tmp_path, "--lrs", 1e-2, "--amount", 80)
     assert code == 2 and "--class-conditional" in err, err
 
 

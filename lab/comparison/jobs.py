@@ -61,7 +61,8 @@ def run_all(
                 running[connection] = training, process
                 if received:
                     raise KeyboardInterrupt
-            bar.set_description(" + ".join(str(training) for training, _ in running.values()))
+            # without a refresh, which would be a line in a log for every report
+            bar.set_description(" + ".join(str(training) for training, _ in running.values()), refresh=False)
             ready: list[Any] = wait(list(running))
             for connection in ready:
                 training, process = running[connection]

@@ -62,7 +62,9 @@ def explanation(results: Sequence[Result], s: argparse.Namespace, conditions: di
         return ""
     count = conditions["num_images"]
     text = f"FD: squared Frechet distance of {count:,} samples of each training run from held-out images, in the "
-    text += "features of our classifier; it is not FID. The samples are drawn by DPM-Solver++ in "
+    text += (
+        "features of our classifier; it is not FID. KID is in comparison.csv. The samples are drawn by DPM-Solver++ in "
+    )
     text += f"{min(MOST_STEPS, s.timesteps)} steps, from the noise of seeds 0 to {count - 1:,}"
     if s.class_conditional:
         text += f", of all classes in turns, with guidance {conditions['guidance']:g}; `recognised` is the share that "
