@@ -3,6 +3,8 @@
 python compare.py --arms true inspired unet:38k --budget images --amount 150000 --seeds 3
 python compare.py --arms true unet:38k unet:150k --budget seconds --amount 600 --output-dir comparisons/seconds
 
+Beside the held-out error, each training run has the FD and KID of its samples, in the features of our own classifier.
+
 All arms see the same images, timesteps and noise, and share batch size, precision, averaging of weights and prediction
 type. Each has the peak learning rate that was best for it in the same sweep. Seconds are images divided by the speed of
 the arm, which was measured in turn before anything was trained (costs.csv), so a machine that is busy later changes
@@ -15,7 +17,7 @@ import argparse
 import json
 from pathlib import Path
 
-from choices import ARMS, DATASETS, DEVICES, OPTIMIZERS, PREDICTION_TYPES, SCHEDULES
+from choices import ARMS, DATASETS, DEVICES, GUIDANCE, OPTIMIZERS, PREDICTION_TYPES, SCHEDULES, SHOWN
 from images.sides import image_size
 from runtime.command_line import Parser, file_or_folder, integer, number, parsed_by, run, slow_imports, spelled
 from runtime.errors import UserError, reason
@@ -23,8 +25,9 @@ from runtime.files import check_folder, check_writable
 from training.config import BEFORE_THE_FLAG, TrainConfig
 
 BUDGETS = ("images", "flops", "seconds")
-# flags that a repeated command may change
+# flags that a repeated command may change; the last three only while no FD was measured with others
 CHANGEABLE = {"arms", "seeds", "reference", "jobs", "device", "data_dir", "output_dir"}
+CHANGEABLE |= {"num_images", "guidance", "classifier"}
 
 
 def parser() -> Parser:
@@ -62,6 +65,9 @@ def parser() -> Parser:
         "(default: the set's own size; folder: 32)")
     add("--skip-bad-images", action="store_true",
         help="with --dataset folder: leave out images that cannot be read")
+    add("--class-conditional", action="store_true",
+        help="train all arms with the classes of the images; the held-out error is then measured with them, and the "
+        "samples are of all classes in turns")
     add("--output-dir", type=file_or_folder, default="comparisons/images",
         help="where tables, curves and run folders are written")
     add("--batch-size", type=integer(1, 2**16, "more need more memory and learn no faster"), default=default.batch_size,
@@ -73,6 +79,15 @@ def parser() -> Parser:
         help="what all arms predict: eps, v, or the edm mixture")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of all arms")
     add("--compile", action="store_true", help="use torch.compile for every arm")
+    add("--num-images", type=integer(0, 10**6, "no figure gets better with more"), default=2000,
+        help="how many images to draw with the final weights of each training run, for FD and KID in the features of a "
+        "classifier; DPM-Solver++ draws them in 50 steps, or fewer if there are fewer timesteps; 0 draws none")
+    add("--guidance", type=number(0, 100, "more saturates every pixel"),
+        help="with --class-conditional: how many times the step from the prediction without a class to that with the "
+        f"class is taken in drawing; 1 is no guidance, which takes half the time (default: {GUIDANCE:g})")
+    add("--classifier", type=file_or_folder, metavar="FILE",
+        help="the classifier, which python -m lab.classifier trains (default: the published one of these classes, if "
+        "there is one)")
     add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one, else mps, else cpu")
     # fmt: on
     return p
@@ -83,6 +98,14 @@ def main() -> None:
     s = parser().parse_args()
     folder = Path(s.output_dir)
     check_writable(folder, "--output-dir")
+    if 0 < s.num_images < SHOWN:
+        raise UserError(f"--num-images: must be 0 or at least {SHOWN}, got {s.num_images}")
+    if s.guidance not in (None, 1) and not s.class_conditional:
+        raise UserError("--guidance: models without classes have none; add --class-conditional")
+    if s.guidance is None:
+        s.guidance = GUIDANCE if s.class_conditional else 1.0
+    if s.classifier is not None and not Path(s.classifier).is_file():
+        raise UserError(f"--classifier: {s.classifier}: no such file")
     s.arms, s.lrs = list(dict.fromkeys(s.arms)), sorted(set(s.lrs))
     settings = shared_settings(s, folder)
     if s.dataset == "folder":
@@ -109,6 +132,8 @@ def shared_settings(s: argparse.Namespace, folder: Path) -> dict:
             if before.get(name, parser().get_default(name)) != value:  # a comparison may be older than the flag
                 contradiction = f"{value} contradicts {file}: {before.get(name)}"
                 raise UserError(f"{spelled(name)}: {contradiction}; use another --output-dir")
+        if isinstance(before.get("distances"), dict):  # what FD and KID were measured with
+            settings["distances"] = before["distances"]
     return settings
 
 

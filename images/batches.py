@@ -35,6 +35,11 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8."""
+    return ((images + 1) * 127.5).round().byte()
+
+
 @lru_cache(maxsize=2)  # the present epoch and, for the batch that straddles two, the next
 def _epoch_order(seed: int, epoch: int, size: int, device: torch.device) -> Tensor:
     return torch.randperm(size, generator=random_generator("cpu", seed, epoch, stream=0)).to(device)

@@ -14,12 +14,12 @@ import evaluate
 import sample
 from diffusion import sample_images
 from images.batches import held_out_bank
-from images.datasets import load_images
+from images.datasets import ImageData, load_images
 from lab.classifier import __main__ as command
 from lab.classifier import network
 from lab.classifier.network import Classifier, load_classifier, published_classifier, read, save_classifier
 from lab.classifier.training import shifted, train_classifier
-from lab.evaluation import measures
+from lab.evaluation.by_classifier import by_classifier, classifier_or_reason
 from models import count_parameters
 from training.checkpoint import load_model, read_model
 
@@ -144,16 +144,16 @@ def test_the_share_that_is_recognised_is_that_of_the_classes_asked_for(of_digits
     logits = read(classifier, data.train)[1]
     sure = (logits.argmax(1) == data.train_labels).nonzero()[:100, 0]
     images, asked = data.train[sure], data.train_labels[sure]
-    found = measures.by_classifier(images, asked, data, classifier, seed=0)
+    found = by_classifier(images, asked, data, classifier, seed=0)
     assert found["recognised"]["value"] == 1 and found["recognised"]["interval"] == 0
     asked = asked.clone()
     asked[::4] = (asked[::4] + 1) % 10
-    found = measures.by_classifier(images, asked, data, classifier, seed=0)["recognised"]
+    found = by_classifier(images, asked, data, classifier, seed=0)["recognised"]
     assert found["value"] == pytest.approx(0.75) and found["n"] == 100
     assert found["floor"]["value"] == pytest.approx(
         (logits.argmax(1) == data.train_labels).double().mean().item(), abs=0.1
     )
-    assert "recognised" not in measures.by_classifier(images, None, data, classifier, seed=0)
+    assert "recognised" not in by_classifier(images, None, data, classifier, seed=0)
 
 
 def test_samples_that_are_real_images_are_as_near_as_training_images_and_noise_is_far(of_digits):
@@ -161,25 +161,25 @@ def test_samples_that_are_real_images_are_as_near_as_training_images_and_noise_i
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(7))
     drawn, train, held_out = data.train[order[:300]], order[300:1000], order[1000:]
     labels = data.train_labels
-    data = measures.ImageData(
+    data = ImageData(
         "digits", data.train[train], labels[train], data.train[held_out], labels[held_out], data.classes, False
     )
-    real = measures.by_classifier(drawn, None, data, classifier, seed=0)
+    real = by_classifier(drawn, None, data, classifier, seed=0)
     noise = torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    far = measures.by_classifier(noise, None, data, classifier, seed=0)
+    far = by_classifier(noise, None, data, classifier, seed=0)
     for name in ("fd", "kid"):
         assert abs(real[name]["value"] - real[name]["floor"]["value"]) < 2 * real[name]["floor"]["interval"]
         assert far[name]["value"] > 2 * real[name]["value"] and far[name]["floor"] == real[name]["floor"]
-    one = measures.by_classifier(drawn[:1].expand(300, -1, -1, -1), None, data, classifier, seed=0)
+    one = by_classifier(drawn[:1].expand(300, -1, -1, -1), None, data, classifier, seed=0)
     assert one["recall"]["value"] < 0.1 < 0.8 < real["recall"]["value"] and real["precision"]["value"] > 0.8
     assert real["fd"]["n_reference"] == 761 and real["recall"]["n_reference"] == 300
 
 
-def test_too_few_images_are_null_with_the_reason(of_digits):
-    classifier, data = load_classifier(of_digits[0])[0], load_images("digits", "unused")
-    few = measures.ImageData("digits", *(2 * (data.held_out[:9], data.held_out_labels[:9])), data.classes, False)
-    found = measures.by_classifier(data.train[:20], None, few, classifier, seed=0)
-    assert found["value"] is None and "at least 16" in found["reason"]
+def test_too_few_images_have_no_classifier_and_the_reason_is_said(of_digits):
+    data = load_images("digits", "unused")
+    few = ImageData("digits", *(2 * (data.held_out[:9], data.held_out_labels[:9])), data.classes, False)
+    reason, path = classifier_or_reason(str(of_digits[0]), few)
+    assert path is None and "at least 16" in str(reason)
 
 
 def test_evaluate_says_the_figures_of_the_samples_that_it_drew(of_digits, short_digits_run, small_bank, tmp_path):

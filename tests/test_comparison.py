@@ -1,6 +1,7 @@
 """The statistics of a comparison against scipy and closed forms; a table claims no more than its seeds allow."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,44 @@ def test_the_ratio_has_an_interval_only_with_enough_seeds():
     assert "no interval" in markdown(results(2), None, "true")
 
 
+def test_samples_are_compared_as_errors_are():
+    """FDs beside the errors, by scipy's interval, and a ratio of their own: here each falls along a line of its own."""
+
+    def fd(parameters):
+        return 20 - math.log(parameters)
+
+    random = np.random.default_rng(2)
+    noise = {arm: random.normal(0, 0.01, 4) for arm in ("true", "unet:38k", "unet:600k")}
+    sizes = {"true": 38_000, "unet:38k": 38_000, "unet:600k": 600_000}
+    results = [
+        replace(result(arm, seed, 0.03, sizes[arm]), fd=fd(90_000 if arm == "true" else sizes[arm]) + noise[arm][seed])
+        for arm in sizes
+        for seed in range(4)
+    ]
+    text = markdown(results, 0.06, "true")
+    assert f"in FD: {90 / 38:.2g} (95 % interval" in text and "ratio of `true` in held-out eps-MSE: < 1" in text
+    pair = ([r.fd for r in results if r.arm == arm] for arm in ("unet:600k", "true"))
+    expected = stats.ttest_rel(*pair).confidence_interval(0.95)
+    cells = next(line for line in text.splitlines() if line.startswith("| `unet:600k`")).split("|")
+    middle, half = map(float, cells[-2].split("±"))
+    assert (middle - half, middle + half) == pytest.approx((expected.low, expected.high), abs=2e-3)
+    mean, deviation = map(float, cells[-3].split("±"))
+    values = [r.fd for r in results if r.arm == "unet:600k"]
+    assert (mean, deviation) == pytest.approx((np.mean(values), np.std(values, ddof=1)), abs=1e-3)
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+
+def test_a_row_whose_samples_were_not_measured_has_its_error_alone():
+    results = [replace(result(arm, seed, 0.03), fd=2.0) for arm in ("true", "other") for seed in range(4)]
+    results[0] = result("true", 0, 0.03)
+    lost = [result("lost", seed, 0.04) for seed in range(4)]
+    text = markdown([*results, *lost, result("unet:38k", 0, 0.035)], None, "true")
+    other, gone = (next(line for line in text.splitlines() if line.startswith(f"| `{a}`")) for a in ("other", "lost"))
+    assert other.endswith("| 2.000 ± 0.000 | +0.000 ± 0.000 |") and gone.endswith("± 0.00000 |  |  |")
+    assert "in held-out eps-MSE: > 1" in text and "in FD:" not in text and "recognised" not in text
+    assert "| FD |" not in markdown(lost, None, "true")
+
+
 def test_rows_are_ordered_by_loss_and_the_closed_form_stands_last():
     results = [result("worse", 0, 0.04), result("true", 0, 0.03)]
     arms = [line.split("`")[1] for line in markdown(results, 0.06, "true").splitlines()[2:] if "|" in line]
@@ -103,6 +142,11 @@ def test_rows_are_written_and_read_or_refused(tmp_path):
     save_rows(results, tmp_path / "comparison.csv")
     assert read_rows(Result, tmp_path / "comparison.csv") == results  # to the last bit
     assert read_rows(Result, tmp_path / "none.csv") == []
+    lines = (tmp_path / "comparison.csv").read_text().splitlines()
+    assert all(line.endswith(",,,") for line in lines[1:])  # FD, KID, recognised
+    older = [line.removesuffix(",fd,kid,recognised").removesuffix(",,,") for line in lines]
+    (tmp_path / "comparison.csv").write_text("\n".join(older) + "\n")
+    assert read_rows(Result, tmp_path / "comparison.csv") == results
     (tmp_path / "comparison.csv").write_text("arm,seed\ntrue,x\n")
     with pytest.raises(UserError, match=r"comparison\.csv"):
         read_rows(Result, tmp_path / "comparison.csv")

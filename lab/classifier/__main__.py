@@ -19,7 +19,7 @@ PROG = "python -m lab.classifier"
 
 def parser() -> Parser:
     """All flags."""
-    p = Parser(prog=PROG, description="Train a small classifier of a data set, for evaluate.py --classifier.")
+    p = Parser(prog=PROG, description="Train a small classifier of a data set, for evaluate.py and compare.py.")
     add = p.add_argument
     # fmt: off
     add("--dataset", choices=DATASETS, default="cifar10", help="which images; those of a folder are its subfolders'")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from choices import ARMS
 from images.datasets import ImageData
+from lab.classifier.network import Classifier
 from lab.comparison.verdict import Cost, Point, Result
 from runtime.errors import RunFailed, UserError
 from training.config import TrainConfig
@@ -63,6 +64,7 @@ def arm_config(s: argparse.Namespace, arm: str) -> TrainConfig:
         "data_dir",
         "image_size",
         "skip_bad_images",
+        "class_conditional",
         "batch_size",
         "timesteps",
         "schedule",
@@ -88,6 +90,7 @@ class Experiment:
     data: ImageData
     folder: Path
     costs: dict[str, Cost]
+    classifier: Classifier | None = None  # by which samples are measured
 
     def images(self, arm: str, share: float) -> float:
         """How many images an arm may train on with this share of the budget."""

@@ -1,19 +1,18 @@
-"""What `compare.py` does: measure what each arm costs, sweep the learning rates, train with each seed, and tell."""
+"""What `compare.py` does: measure costs, sweep the learning rates, train with each seed, measure samples, and tell."""
 
 import argparse
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from diffusion import DDPMScheduler, sample_images
+from diffusion import DDPMScheduler
 from images.batches import held_out_bank
 from images.datasets import ImageData, load_images
 from images.pictures import save_labelled_rows
 from kernels.native import FP32, available, plain_torch
 from lab.comparison.experiment import Experiment, Training, advice_fits, arm_config
-from lab.comparison.jobs import run_all
+from lab.comparison.jobs import bar_of_seconds, run_all
+from lab.comparison.samples import classifier_and_conditions, explanation, measure_all, picture
 from lab.comparison.verdict import Cost, Point, Result, markdown, read_rows, save_curves, save_rows, speeds
 from lab.comparison.wiener import fit_wiener
 from lab.speed import training_rates
@@ -22,16 +21,13 @@ from runtime.errors import UserError, user_errors
 from runtime.files import make_folder, save_json, save_text
 from runtime.hardware import choose_device, free_memory, keep_freed_memory, machine_name, stay_within_memory
 from runtime.processes import Processes
-from runtime.progress import progress_bar
-from training.checkpoint import load_model
 from training.loop import failures_named
-from training.run_folder import run_folders
+from training.state import model_metadata
 from training.step import WARM_UP_STEPS
 from training.validation import held_out_loss
 
 MOST_STEPS = 10**9
 JOB_BYTES = 400 * 2**20  # of a process with torch, before it trains
-DRAWN = 10  # images of each arm in grid.png
 TOLERANCE = 0.01  # the fraction of the budget by which a training may miss it without a warning
 SHORTEST_SWEEP = 10 * WARM_UP_STEPS  # steps; a shorter sweep favours learning rates that are too high
 LARGEST_WIENER = 4096  # values per image; up to here the eigendecomposition takes about a minute
@@ -47,11 +43,15 @@ def compare(s: argparse.Namespace, settings: dict, folder: Path) -> None:
     stay_within_memory(choose_device(s.device))
     data = load_images(s.dataset, s.data_dir, s.image_size, skip_bad_images=s.skip_bad_images)
     make_folder(folder, "--output-dir")
+    before = settings.get("distances", {})
+    classifier, conditions = classifier_and_conditions(s, data, folder / "comparison.csv", before)
+    settings |= {"distances": conditions} if conditions else {}
     save_json(folder / "comparison.json", settings)
-    experiment = Experiment(s, data, folder, arm_costs(s, data, folder))
+    experiment = Experiment(s, data, folder, arm_costs(s, data, folder), classifier)
     check_length(experiment)
     try:
         results, points = train_all(experiment)
+        measure_all(experiment, results)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on from here") from None
 
@@ -59,10 +59,11 @@ def compare(s: argparse.Namespace, settings: dict, folder: Path) -> None:
     if data.train[0].numel() <= LARGEST_WIENER:
         scheduler = DDPMScheduler(s.timesteps, s.schedule, s.prediction_type)
         wiener = held_out_loss(*fit_wiener(data, scheduler), held_out_bank(data, s.timesteps))
-    table = markdown(results, wiener, s.reference) + speeds(experiment.costs, dict.fromkeys(r.arm for r in results))
+    table = markdown(results, wiener, s.reference) + explanation(results, s, conditions)
+    table += speeds(experiment.costs, dict.fromkeys(r.arm for r in results))
     save_text(folder / "comparison.md", table)
     save_curves(results, points, folder / "curves.png")
-    drawings = drawn(experiment, results)
+    drawings = picture(experiment, results)
     if drawings:
         save_labelled_rows(drawings, folder / "grid.png")
     print(table)
@@ -97,24 +98,11 @@ def arm_costs(s: argparse.Namespace, data: ImageData, folder: Path) -> dict[str,
             with plain_torch():
                 plain = training_rates(missing, data, device)
     for arm, config in missing.items():
-        network = build_model(config.model, **{"in_channels": data.shape[0], **config.model_config})
+        network = build_model(config.model, **model_metadata(config, data)["model_config"])
         forward, training = multiply_adds(network, data.shape), training_multiply_adds(network, data.shape)
         costs[arm] = Cost(arm, count_parameters(network), forward, training, rates[arm], machine, plain[arm])
     save_rows(list(costs.values()), table)
     return costs
-
-
-def drawn(experiment: Experiment, results: list[Result]) -> dict[str, torch.Tensor]:
-    """Images of every arm whose weights of seed 0 are in the folder, all from the same noise."""
-    images = {}
-    for result in results:
-        folders = run_folders(experiment.folder_of(Training(result.arm, result.lr, 0, 1)))
-        if result.seed == 0 and folders:
-            model, scheduler, about = load_model(folders[-1])
-            model.to(choose_device(experiment.settings.device))
-            steps = min(50, scheduler.num_timesteps)
-            images[result.arm] = sample_images(model, scheduler, about["shape"], DRAWN, steps=steps)
-    return images
 
 
 def train_all(experiment: Experiment) -> tuple[list[Result], list[Point]]:
@@ -143,17 +131,16 @@ def train_all(experiment: Experiment) -> tuple[list[Result], list[Point]]:
     warn_of_short_sweeps(experiment, list(dict.fromkeys(arm for arm, _ in to_sweep)))
     total = sum(experiment.seconds(arm, s.sweep_share) for arm, _ in to_sweep)
     total += sum(experiment.seconds(arm, 1) for arm, _ in to_train)
-    form = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with progress_bar(total=total, bar_format=form, mininterval=1) as bar:
+    with bar_of_seconds(total) as bar:
         trainings = [Training(arm, lr, 0, s.sweep_share) for arm, lr in to_sweep]
-        for _, result, _ in run_all(experiment, trainings, bar, s.jobs):
+        for _, (result, _) in run_all(Experiment.run, experiment, trainings, bar, s.jobs):
             sweep.append(result)
             save(sweep, "sweep.csv")
         rates: dict[str, Any] = dict.fromkeys(s.arms, s.lrs[0])
         if lrs:  # of the rows of one arm the last, which is its best, is kept
             rates = {row.arm: row.lr for row in sorted(sweep, key=lambda row: row.eps_mse, reverse=True)}
         trainings = [Training(arm, rates[arm], seed, 1) for arm, seed in to_train]
-        for training, result, curve in run_all(experiment, trainings, bar, s.jobs):
+        for training, (result, curve) in run_all(Experiment.run, experiment, trainings, bar, s.jobs):
             results.append(result)
             points += curve
             save(points, "curves.csv")

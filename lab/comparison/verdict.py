@@ -19,6 +19,8 @@ from runtime.files import atomic_path, save_figure
 
 MINIMUM_SEEDS = 3  # with fewer the tables have figures but no verdict
 CONFIDENCE = 0.95
+# what the arms are compared by: figure -> (its name, digits); less is better
+COMPARED = {"eps_mse": ("held-out eps-MSE", 5), "fd": ("FD", 3)}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Result:
-    """One finished training run: what it cost, and the held-out eps-MSE at its end."""
+    """One finished training run: what it cost, and the held-out eps-MSE at its end.
+
+    Its samples may have been measured, too: their FD, KID and the share recognised as the class that was asked for.
+    """
 
     arm: str
     seed: int
@@ -47,6 +52,14 @@ class Result:
     training_multiply_adds: float  # of the whole run
     seconds: float  # at the speed of the arm
     eps_mse: float
+    fd: float = math.nan
+    kid: float = math.nan
+    recognised: float = math.nan
+
+
+def with_figure(results: Sequence[Result], figure: str) -> list[Result]:
+    """The results of which this figure was measured."""
+    return [result for result in results if not math.isnan(getattr(result, figure))]
 
 
 def by_arm(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -66,10 +79,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
 
 
-def paired_differences(arm: Sequence[Result], reference: Sequence[Result]) -> list[float]:
-    """The arm's eps-MSE minus the reference's for each seed that both have, so that the effect of the seed cancels."""
-    of_reference = {result.seed: result.eps_mse for result in reference}
-    return [result.eps_mse - of_reference[result.seed] for result in arm if result.seed in of_reference]
+def paired_differences(arm: Sequence[Result], reference: Sequence[Result], figure: str = "eps_mse") -> list[float]:
+    """The arm's figure minus the reference's for each seed that both have, so that the effect of the seed cancels."""
+    of_reference = {result.seed: getattr(result, figure) for result in with_figure(reference, figure)}
+    measured = with_figure(arm, figure)
+    return [getattr(result, figure) - of_reference[result.seed] for result in measured if result.seed in of_reference]
 
 
 @dataclass(frozen=True)
@@ -104,18 +118,28 @@ def parameter_ratio(loss: float, parameters: int, ladder: Sequence[tuple[int, fl
     return Ratio(rungs[-1][0] / parameters, ">")
 
 
-def ratio_line(arms: dict[str, list[Result]], arm: str) -> str:
-    """A line on the parameter-efficiency ratio of an arm, from mean losses; with enough seeds also its interval."""
+def ratio_line(results: Sequence[Result], arm: str, figure: str = "eps_mse") -> str:
+    """A line on the parameter-efficiency ratio of an arm, from mean figures; with enough seeds also its interval.
+
+    It is empty unless the figure was measured of the arm and of a U-Net.
+    """
+    arms = by_arm(with_figure(results, figure))
     unets = {name: part for name, part in arms.items() if name.startswith("unet:")}
+    if arm not in arms or not unets:
+        return ""
+
+    def mean(part: Sequence[Result]) -> float:
+        return float(np.mean([getattr(result, figure) for result in part]))
+
     own = arms[arm]
-    mean_loss = float(np.mean([result.eps_mse for result in own]))
-    ladder = [(part[0].parameters, float(np.mean([result.eps_mse for result in part]))) for part in unets.values()]
-    text = f"Parameter-efficiency ratio of `{arm}`: {parameter_ratio(mean_loss, own[0].parameters, ladder)}"
+    ladder = [(part[0].parameters, mean(part)) for part in unets.values()]
+    text = f"Parameter-efficiency ratio of `{arm}` in {COMPARED[figure][0]}: "
+    text += str(parameter_ratio(mean(own), own[0].parameters, ladder))
     each = []
     for result in own:
-        rungs = [(o.parameters, o.eps_mse) for part in unets.values() for o in part if o.seed == result.seed]
+        rungs = [(o.parameters, getattr(o, figure)) for part in unets.values() for o in part if o.seed == result.seed]
         if len(rungs) == len(unets):
-            each.append(parameter_ratio(result.eps_mse, result.parameters, rungs))
+            each.append(parameter_ratio(getattr(result, figure), result.parameters, rungs))
     if len(each) < MINIMUM_SEEDS:
         return f"{text} (no interval: it needs at least {MINIMUM_SEEDS} seeds with every U-Net)."
     if any(ratio.bound for ratio in each):
@@ -124,38 +148,58 @@ def ratio_line(arms: dict[str, list[Result]], arm: str) -> str:
     return f"{text} (95 % interval over seeds {math.exp(middle - half):.2g} to {math.exp(middle + half):.2g})."
 
 
+def spread(part: Sequence[Result], figure: str, digits: int) -> str:
+    """Mean +- standard deviation of a figure over seeds; empty if it was not measured."""
+    values = [getattr(result, figure) for result in with_figure(part, figure)]
+    if not values:
+        return ""
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def versus(part: Sequence[Result], reference: Sequence[Result], figure: str, digits: int) -> str:
+    """The paired difference from the reference with its interval, if there are seeds enough; of itself nothing."""
+    differences = paired_differences(part, reference, figure)
+    if not differences or part[0].arm == reference[0].arm:
+        return ""
+    if len(differences) < MINIMUM_SEEDS:
+        return "no verdict"
+    middle, half = interval(differences)
+    return f"{middle:+.{digits}f} ± {half:.{digits}f}"
+
+
 def markdown(results: Sequence[Result], wiener: float | None, reference: str) -> str:
     """The table: means +- standard deviations over seeds, and with enough seeds paired differences from `reference`."""
     arms = by_arm(results)
-    lines = [
-        "| arm | parameters | multiply-adds | lr | images | training multiply-adds | seconds | seeds "
-        f"| held-out eps-MSE | difference from `{reference}` (paired, 95 % interval) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    compared = {figure: about for figure, about in COMPARED.items() if with_figure(results, figure)}
+    recognised = bool(with_figure(results, "recognised"))
+    names = ["arm", "parameters", "multiply-adds", "lr", "images", "training multiply-adds", "seconds", "seeds"]
+    for name, _ in compared.values():
+        names += [name, f"difference from `{reference}` (paired, 95 % interval)"]
+    names += ["recognised"] * recognised
+    lines = [row(names), row(["---", *["---:"] * (len(names) - 1)])]
     for arm, part in sorted(arms.items(), key=lambda item: np.mean([result.eps_mse for result in item[1]])):
-        losses = [result.eps_mse for result in part]
-        spread = f" ± {np.std(losses, ddof=1):.5f}" if len(part) > 1 else ""
-        differences = paired_differences(part, arms.get(reference, []))
-        if arm == reference:
-            versus = ""
-        elif len(differences) >= MINIMUM_SEEDS:
-            middle, half = interval(differences)
-            versus = f"{middle:+.5f} ± {half:.5f}"
-        else:
-            versus = "no verdict" if differences else ""
         first = part[0]
-        lines.append(
-            f"| `{arm}` | {first.parameters:,} | {first.multiply_adds / 1e6:.1f} M | {first.lr:g} "
-            f"| {np.mean([r.images for r in part]):,.0f} | {np.mean([r.training_multiply_adds for r in part]):.3g} "
-            f"| {np.mean([r.seconds for r in part]):,.0f} | {len(part)} | {np.mean(losses):.5f}{spread} | {versus} |"
-        )
+        cells = [f"`{arm}`", f"{first.parameters:,}", f"{first.multiply_adds / 1e6:.1f} M", f"{first.lr:g}"]
+        cells.append(f"{np.mean([r.images for r in part]):,.0f}")
+        cells.append(f"{np.mean([r.training_multiply_adds for r in part]):.3g}")
+        cells += [f"{np.mean([r.seconds for r in part]):,.0f}", str(len(part))]
+        for figure, (_, digits) in compared.items():
+            cells += [spread(part, figure, digits), versus(part, arms.get(reference, []), figure, digits)]
+        lines.append(row([*cells, *[spread(part, "recognised", 3)] * recognised]))
     if wiener is not None:
-        lines.append(f"| `wiener` (closed form) | | | | | | | | {wiener:.5f} | |")
-    if reference in arms and any(arm.startswith("unet:") for arm in arms):
-        lines += ["", ratio_line(arms, reference)]
+        cells = ["`wiener` (closed form)", *[""] * 7, f"{wiener:.5f}"]
+        lines.append(row([*cells, *[""] * (len(names) - len(cells))]))
+    ratios = [ratio_line(results, reference, figure) for figure in compared]
+    for ratio in filter(None, ratios):
+        lines += ["", ratio]
     if any(len(part) < MINIMUM_SEEDS for part in arms.values()):
         lines += ["", f"An arm with fewer than {MINIMUM_SEEDS} seeds has figures but no verdict."]
     return "\n".join(lines) + "\n"
+
+
+def row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def speeds(costs: Mapping[str, Cost], arms: Iterable[str]) -> str:
@@ -179,11 +223,12 @@ class Point:
 
 
 def save_rows(rows: Sequence[Cost] | Sequence[Result] | Sequence[Point], path: Path) -> None:
-    """Write the rows as CSV, with a header."""
+    """Write the rows as CSV, with a header; what was not measured stays empty."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(vars(row) for row in rows)
+        for values in map(vars, rows):
+            writer.writerow({name: "" if value != value else value for name, value in values.items()})
 
 
 def read_rows(kind: type[Cost] | type[Result] | type[Point], path: Path) -> list:
@@ -199,7 +244,7 @@ def read_rows(kind: type[Cost] | type[Result] | type[Point], path: Path) -> list
             lacking = [name for name in needed if name not in there]
             if lacking:
                 raise ValueError(f"it has no column {lacking[0]!r}")
-            return [kind(**{name: types[name](row[name]) for name in there}) for row in table]
+            return [kind(**{name: types[name](cells[name]) for name in there if cells[name] != ""}) for cells in table]
     except (OSError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: not of a comparison ({reason(error)}); use another --output-dir") from error
 

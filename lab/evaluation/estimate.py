@@ -10,8 +10,9 @@ from diffusion import DDPMScheduler, Denoiser
 from images.batches import BANK_SIZE
 from images.datasets import ImageData
 from lab.classifier.network import Classifier, read
+from lab.evaluation.by_classifier import MOST_REFERENCES
 from lab.evaluation.likelihood import NUM_STRATA, timestep_strata
-from lab.evaluation.measures import HELD_OUT_QUERIES, MOST_REFERENCES
+from lab.evaluation.measures import HELD_OUT_QUERIES
 from lab.evaluation.neighbours import nearest
 from lab.evaluation.sliced_wasserstein import pyramid_levels, sliced_wasserstein
 from runtime.hardware import synchronize

@@ -7,46 +7,33 @@ could not be measured has the value None and the reason.
 """
 
 import importlib.metadata
-import math
 import platform
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from choices import SHOWN
 from diffusion import DDPMScheduler, Denoiser, Guidance, carries_state, sample_images
-from images.batches import Batch, held_out_bank, to_float
+from images.batches import Batch, held_out_bank, to_float, to_uint8
 from images.datasets import ImageData
-from lab.classifier.network import Classifier, read
-from lab.evaluation.feature_distances import (
-    NEIGHBOURS,
-    frechet_distance,
-    inside,
-    jackknife,
-    kernel_between,
-    kernel_within,
-    radii,
-)
+from lab.classifier.network import Classifier
+from lab.evaluation.by_classifier import by_classifier
 from lab.evaluation.inception import inception_distances
 from lab.evaluation.likelihood import NUM_STRATA, timestep_strata, variational_bound
 from lab.evaluation.neighbours import nearest, picture_of_neighbours
 from lab.evaluation.ode_work import num_points, ode_work
+from lab.evaluation.report import Report, choice, finite, not_measured
 from lab.evaluation.sliced_wasserstein import DIRECTIONS, PATCH, PATCHES, num_blocks, pyramid_levels, sliced_wasserstein
 from liquid_diffusion import TrueLiquidDiffusionModel
 from models import count_parameters, multiply_adds
-from runtime.errors import RunFailed
 from runtime.progress import progress_bar
 from training.validation import held_out_loss
 
 BINS = 10
 HOW_DRAWN = ("sampler", "steps", "seed", "classes", "guidance", "guide_ode_steps")
-MOST_REFERENCES = 10_000  # held-out images that features of samples are compared with
 HELD_OUT_QUERIES = 256  # held-out images, whose distances from the training images those of samples are compared with
-
-Report = dict[str, Any]
 
 
 def evaluate(
@@ -81,7 +68,10 @@ def evaluate(
     )
     report["sliced_wasserstein"] = patch_distance(samples, data, device, seed)
     picture, report["nearest_training_images"] = neighbours(samples, data, seed)
-    report["classifier"] = by_classifier(samples, asked, data, classifier, seed)
+    if isinstance(classifier, str):
+        report["classifier"] = not_measured(classifier)
+    else:
+        report["classifier"] = by_classifier(samples, asked, data, classifier, seed)
     report["fid"], report["kid"] = fid_and_kid(samples, data, inception, device, batch_size)
     drawn = {key: report["sampling"][key] for key in HOW_DRAWN if key in report["sampling"]}
     for name in ("sliced_wasserstein", "nearest_training_images", "classifier", "fid", "kid"):
@@ -115,18 +105,6 @@ def subject(model: Denoiser, scheduler: DDPMScheduler, data: ImageData) -> Repor
             **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")},
         },
     }
-
-
-def not_measured(reason: str) -> Report:
-    """The entry of the report for a figure that could not be measured."""
-    return {"value": None, "reason": reason}
-
-
-def finite(value: float, what: str) -> float:
-    """Return the value. Raises RunFailed if it is not finite."""
-    if not math.isfinite(value):
-        raise RunFailed(f"{what} is {value}: the model's weights or the images are broken; nothing was written")
-    return value
 
 
 def eps_mse(model: Denoiser, scheduler: DDPMScheduler, bank: Batch) -> Report:
@@ -214,11 +192,6 @@ def bound(model: Denoiser, scheduler: DDPMScheduler, data: ImageData, count: int
     }
 
 
-def choice(size: int, count: int, seed: int) -> Tensor:
-    """The indices of `count` of `size` images, drawn without replacement; of all, in random order, if fewer."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
-
-
 def draw(
     model: Denoiser,
     scheduler: DDPMScheduler,
@@ -250,7 +223,7 @@ def draw(
         seconds = time.monotonic() - started
     finite(images.sum().item(), "the sum of the samples")
     guide = guidance.guide
-    return ((images + 1) * 127.5).round().byte(), {
+    return to_uint8(images), {
         "value": num_images / seconds,
         "unit": "images/s",
         "n": num_images,
@@ -317,83 +290,6 @@ def neighbours(images: Tensor, data: ImageData, seed: int) -> tuple[Tensor, Repo
             "seed": seed,
             "split": "held-out images against training images",
         },
-    }
-
-
-def by_classifier(
-    images: Tensor, asked: Tensor | None, data: ImageData, classifier: Classifier | str, seed: int
-) -> Report:
-    """What our classifier says of samples and, in their place, of as many training images.
-
-    images: uint8 samples, each of the class `asked` (N,), or of none. FD and KID compare the features of N images with
-    those of held-out images, of which there are up to 10,000; precision and recall with those of at most N of them.
-    Each figure has the 95 % interval over sets of N samples. The classifier has seen the training images, whose
-    features may therefore be a little farther from held-out ones than those of new real images would be.
-    """
-    if isinstance(classifier, str):
-        return not_measured(classifier)
-    n, n_reference = min(len(images), len(data.train)), min(len(data.held_out), MOST_REFERENCES)
-    if n < SHOWN or n_reference <= NEIGHBOURS:
-        return not_measured(f"needs at least {SHOWN} training and {NEIGHBOURS + 1} held-out images")
-    chosen, others = choice(len(data.train), n, seed), choice(len(data.held_out), n_reference, seed)
-    with progress_bar(desc="classifier", total=2 * n + n_reference, unit="img") as bar:
-        drawn, train, held_out = (
-            read(classifier, part, on_batch=bar.update)
-            for part in (images[:n], data.train[chosen.to(data.train.device)], data.held_out[others])
-        )
-    reference, few = held_out[0], held_out[0][:n]
-    manifold, within = radii(few), kernel_within(reference)
-
-    def measured(features: Tensor, logits: Tensor, labels: Tensor | None) -> Report:
-        hits = inside(features, few, manifold).double()
-
-        def kid(kept: Tensor) -> float:
-            return kernel_within(features[kept]) + within - 2 * kernel_between(features[kept], reference)
-
-        def recall(kept: Tensor) -> float:
-            return inside(few, features[kept], radii(features[kept])).double().mean().item()
-
-        figures = {
-            "fd": lambda kept: frechet_distance(features[kept], reference),
-            "kid": kid,
-            "precision": lambda kept: hits[kept].mean().item(),
-            "recall": recall,
-        }
-        if labels is not None:
-            right = (logits.argmax(1) == labels).double()
-            figures["recognised"] = lambda kept: right[kept].mean().item()
-        found = {}
-        for name, figure in figures.items():
-            value = finite(figure(torch.arange(len(features))), f"{name} of the classifier's features")
-            found[name] = {"value": value, "interval": jackknife(figure, len(features))}
-        return found
-
-    labels = data.train_labels[chosen.to(data.train_labels.device)].cpu()
-    values = measured(*drawn, None if asked is None else asked[:n])
-    floors = measured(*train, None if asked is None else labels)
-    units = {
-        "fd": "squared Frechet distance of our classifier's features; not FID",
-        "kid": "squared maximum mean discrepancy of our classifier's features; not the KID of Inception",
-        "precision": f"share of the samples in the manifold of held-out images, {NEIGHBOURS} neighbours",
-        "recall": f"share of the held-out images in the manifold of the samples, {NEIGHBOURS} neighbours",
-        "recognised": "share of the samples that the classifier reads as the class that was asked for",
-    }
-    return {
-        name: {
-            **value,
-            "floor": floors[name],
-            "unit": units[name],
-            "n": n,
-            "n_reference": n_reference if name in ("fd", "kid") else len(few),
-        }
-        for name, value in values.items()
-    } | {
-        "n": n,
-        "split": "samples against held-out images",
-        "floor_split": "as many training images against the same held-out images",
-        "interval": "half of the 95 % interval over sets of n samples, by a delete-a-group jackknife",
-        "held_out_accuracy": (held_out[1].argmax(1) == data.held_out_labels[others]).double().mean().item(),
-        "seed": seed,
     }
 
 

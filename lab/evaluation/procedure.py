@@ -9,11 +9,13 @@ import torch
 from images.batches import held_out_bank
 from images.datasets import ImageData, load_images
 from images.pictures import save_grid
-from lab.classifier.network import Classifier, load_classifier, published_classifier
+from lab.classifier.network import Classifier
+from lab.evaluation.by_classifier import classifier_or_reason
 from lab.evaluation.estimate import estimate, in_words
 from lab.evaluation.inception import MissingWeights, inception_weights
-from lab.evaluation.measures import Report, by_solver, evaluate, subject
+from lab.evaluation.measures import by_solver, evaluate, subject
 from lab.evaluation.ode_work import save_ode_work, with_ode
+from lab.evaluation.report import Report
 from lab.evaluation.table import table
 from lab.guidance import chosen_guidance
 from runtime.errors import RunFailed, UserError, reason, user_errors
@@ -162,20 +164,3 @@ def inception_or_reason(wanted: bool) -> Path | str:
     except MissingWeights as reason:
         print(f"fid      not measured: {reason}")
         return str(reason)
-
-
-def classifier_or_reason(named: str | None, data: ImageData) -> tuple[Classifier | str, Path | None]:
-    """(the classifier that was named or is published for these images, its file), or (why there is none, None).
-
-    Raises UserError for a classifier of other images.
-    """
-    path = Path(named) if named else published_classifier(data.classes, data.shape)
-    if path is None:
-        where = "" if data.name != "folder" else " --data-dir PATH"
-        how = f"python -m lab.classifier --dataset {data.name}{where} trains one for --classifier"
-        return how if len(data.classes) > 1 else "these images have no classes to train a classifier with", None
-    classifier, about = load_classifier(path)
-    for what, found, wanted in (("shape", data.shape, about["shape"]), ("classes", data.classes, about["classes"])):
-        if tuple(found) != tuple(wanted):
-            raise UserError(f"--classifier: {path} is for images of another {what} than those of {data.name}")
-    return classifier, path

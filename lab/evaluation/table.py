@@ -1,6 +1,6 @@
 """The table of figures that `evaluate.py` prints."""
 
-from lab.evaluation.measures import Report
+from lab.evaluation.report import Report
 
 # figure -> (its name, digits, what it is); none of them is FID or KID, which are those of the Inception network
 BY_CLASSIFIER = {
