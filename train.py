@@ -50,6 +50,10 @@ def parser() -> Parser:
     # fmt: off
     add("--model", choices=MODELS, help="which network denoises")
     add("--solver", choices=STEP_SOLVERS, default="euler", help="how the true liquid model takes its ODE steps")
+    add("--channels", type=integer(1, 4096, "none has been trained that wide"), nargs=3,
+        metavar=("DETAIL", "LOCAL", "GLOBAL"), help="channels of the true model's three cells (default: 32 24 24)")
+    add("--ode-steps", type=integer(1, 1000, "more change nothing but the time"), nargs=3,
+        metavar=("GLOBAL", "LOCAL", "DETAIL"), help="ODE steps of the true model's three cells (default: 3 5 7)")
     add("--random-ode-steps", action="store_true",
         help="train the true model with 0.5 to 4 times its usual ODE steps, so that sample.py may choose them")
     add("--dataset", choices=DATASETS, help="what to learn")
@@ -108,15 +112,16 @@ def main() -> None:
     values = vars(p.parse_args())
     given = p.given()
     resume, dry_run = values.pop("resume"), values.pop("dry_run")
-    for flag in ("solver", "random_ode_steps"):
+    for flag in ("solver", "channels", "ode_steps", "random_ode_steps"):
         if flag in given and values["model"] != "true" and resume is None:
             raise UserError(f"{spelled(flag)}: only the true model has an ODE, got --model {values['model']}")
-    ode = {"solver": values.pop("solver"), "random_steps": values.pop("random_ode_steps")}
+    liquid = {"solver": values.pop("solver"), "random_steps": values.pop("random_ode_steps")}
+    liquid |= {name: value for name in ("channels", "ode_steps") if (value := values.pop(name)) is not None}
     if resume is None:
         if BUDGET & given.keys() - {"epochs"}:
             values["epochs"] = None
         if values["model"] == "true":
-            values["model_config"] = ode
+            values["model_config"] = liquid
         config, folder = TrainConfig(**values), None
     else:
         config, folder = resumed(given, Path(values["output_dir"]))
@@ -156,8 +161,8 @@ def resumed(given: dict, output_dir: Path) -> tuple[TrainConfig, Path]:
         from models import build_model
     try:
         saved = TrainConfig(**BEFORE_THE_FLAG | record["train"])
-        ode = {name: saved.model_config.get(name) for name in ("solver", "random_steps")}
-        before = vars(saved) | {"solver": ode["solver"], "random_ode_steps": bool(ode["random_steps"])}
+        liquid = {name: saved.model_config.get(name) for name in ("solver", "random_steps", "channels", "ode_steps")}
+        before = vars(saved) | {**liquid, "random_ode_steps": bool(liquid["random_steps"])}
         parser().check(before)
         build_model(saved.model, **{"in_channels": 3, **saved.model_config})
     except (AttributeError, ImportError, KeyError, TypeError, UserError, ValueError) as error:

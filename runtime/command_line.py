@@ -61,7 +61,9 @@ class Parser(argparse.ArgumentParser):
         names = {action.dest for action in self._actions}
         flags = [(spelled(name), value) for name, value in values.items() if name in names]
         on = [flag for flag, value in flags if value is True]
-        self.parse_args([*on, *(f"{flag}={value}" for flag, value in flags if value not in (None, True, False))])
+        several = [word for flag, value in flags if isinstance(value, list) for word in (flag, *map(str, value))]
+        one = [f"{flag}={value}" for flag, value in flags if not isinstance(value, list | bool | None)]
+        self.parse_args([*on, *several, *one])
 
 
 def spelled(name: str) -> str:

@@ -1,6 +1,7 @@
 """The house: which folder may import from which, no circles, and nothing slow at a command's start."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -13,6 +14,7 @@ import baselines
 import choices
 import liquid_diffusion
 import models
+import train
 from images import datasets
 from lab.benchmark import sections
 
@@ -138,6 +140,9 @@ def test_what_the_flags_offer_is_what_there_is():
     assert tuple(liquid_diffusion.STEP_FRACTION) == choices.STEP_SOLVERS
     assert set(choices.DATASETS) == {*datasets.DOWNLOADS, "digits", "folder"}
     assert tuple(sections.SECTIONS) == choices.SECTIONS
+    liquid, shown = inspect.signature(liquid_diffusion.TrueLiquidDiffusionModel), train.parser().format_help().split()
+    for name in ("channels", "ode_steps"):
+        assert f"(default: {' '.join(map(str, liquid.parameters[name].default))})" in " ".join(shown)
 
 
 def test_a_command_starts_without_what_takes_long_to_import_and_few_runs_need():

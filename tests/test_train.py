@@ -106,6 +106,19 @@ def test_the_file_alone_gives_back_the_model_that_was_measured(options, light, t
     assert model.num_classes == (0 if "--no-class-conditional" in options else 10)
 
 
+def test_the_shape_of_the_liquid_is_chosen_and_kept(light, tmp_path):
+    shape = ["--channels", 8, 16, 24, "--ode-steps", 4, 3, 2]
+    run = trained(tmp_path, "--steps", 2, *shape)
+    code, _, err = call(train, "--resume", run, "--steps", 3, *shape)
+    assert code == 0, err
+    model = load_model(run)[0]
+    sides = [cell.recurrent.weight.shape[0] for cell in model.processor.cells.values()]  # of global, local and detail
+    assert sides == [24, 16, 8] and model.current_steps() == (4, 3, 2)
+    for flag, values in (("--channels", (8, 16, 16)), ("--ode-steps", (4, 3, 3))):
+        assert flag in refusal(["--resume", run, flag, *values])
+        assert flag in refusal(["--model", "inspired", flag, *values])
+
+
 def test_the_command_that_a_run_prints_draws_from_it(light, tmp_path, monkeypatch):
     code, out, _ = call(train, *TINY, "--steps", 2, "--output-dir", tmp_path / "runs")
     assert code == 0
