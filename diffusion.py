@@ -189,6 +189,21 @@ class DDPMScheduler:
         return [round(self.num_timesteps * (1 - i / num_steps)) - 1 for i in range(num_steps + 1)]
 
 
+class ByNoise(Denoiser):
+    """One denoiser at timesteps from `start` up and another below, for a sampler, whose images share their timestep.
+
+    At high noise there is little to see, so that a cheaper one, such as the same liquid with fewer ODE steps, may do.
+    """
+
+    def __init__(self, noisy: Denoiser, clean: Denoiser, start: int):
+        super().__init__()
+        self.noisy, self.clean, self.start = noisy, clean, start
+        self.num_classes = clean.num_classes
+
+    def forward(self, x: Tensor, t: Tensor, state: object = None, **condition):
+        return (self.noisy if t[0] >= self.start else self.clean)(x, t, state, **condition)
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Leads each prediction away from a worse one: F_worse + weight (F - F_worse); a weight of 1 changes nothing.

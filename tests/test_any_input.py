@@ -111,7 +111,7 @@ def test_any_command_line_of_train_is_taken_or_refused(words):
 
 @given(words=arguments(sample))
 def test_any_command_line_of_sample_is_taken_or_refused(words):
-    def draw(_, drawn, labels):
+    def draw(_, drawn, *__):
         images = {name: torch.zeros(1, 3, 8, 8) for name in drawn}
         return images, [images]
 
