@@ -61,11 +61,11 @@ def explanation(results: Sequence[Result], s: argparse.Namespace, conditions: di
     if not conditions or not with_figure(results, "fd"):
         return ""
     count = conditions["num_images"]
-    text = f"FD: squared Frechet distance of {count:,} samples of each training run from held-out images, in the "
-    text += (
-        "features of our classifier; it is not FID. KID is in comparison.csv. The samples are drawn by DPM-Solver++ in "
+    text = (
+        f"FD: squared Frechet distance of {count:,} samples of each training run from held-out images, in the features "
+        "of our classifier; it is not FID. KID is in comparison.csv. The samples are drawn by DPM-Solver++ in "
+        f"{min(MOST_STEPS, s.timesteps)} steps, from the noise of seeds 0 to {count - 1:,}"
     )
-    text += f"{min(MOST_STEPS, s.timesteps)} steps, from the noise of seeds 0 to {count - 1:,}"
     if s.class_conditional:
         text += f", of all classes in turns, with guidance {conditions['guidance']:g}; `recognised` is the share that "
         text += "the classifier reads as the class asked for"
