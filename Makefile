@@ -7,7 +7,7 @@ DEMO ?= runs/demo
 
 demo: $(VENV)/.run
 	$(VENV)/bin/python train.py --dataset digits --image-size 16 --batch-size 64 --minutes 2 --output-dir $(DEMO)
-	$(VENV)/bin/python sample.py --checkpoint "$$(ls -d $(DEMO)/*-true-digits | tail -n 1)" --num-images 100 \
+	$(VENV)/bin/python sample.py --checkpoint "$$(ls -d $(DEMO)/*-true-digits | tail -n 1)" \
 		--output $(DEMO)/digits.png
 
 check: $(VENV)/.dev

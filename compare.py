@@ -83,8 +83,8 @@ def parser() -> Parser:
         help="how many images to draw with the final weights of each training run, for FD and KID in the features of a "
         "classifier; DPM-Solver++ draws them in 50 steps, or fewer if there are fewer timesteps; 0 draws none")
     add("--guidance", type=number(0, 100, "more saturates every pixel"),
-        help="with --class-conditional: how many times the step from the prediction without a class to that with the "
-        f"class is taken in drawing; 1 is no guidance, which takes half the time (default: {GUIDANCE:g})")
+        help="with --class-conditional: how strongly what is drawn follows the class; 1 is the model itself, which "
+        f"takes half the time (default: {GUIDANCE:g})")
     add("--classifier", type=file_or_folder, metavar="FILE",
         help="the classifier, which python -m lab.classifier trains (default: the published one of these classes, if "
         "there is one)")

@@ -18,14 +18,14 @@ def add_guidance(add: Callable[..., argparse.Action]) -> None:
     add(
         "--guidance",
         type=weight,
-        help="of a class-conditional model: how many times the step from the prediction without a class to that with "
-        f"the class is taken; 1 is no guidance, more shows the class more clearly (default: {GUIDANCE:g})",
+        help="how strongly a class-conditional model follows the class: 1 is the model itself, more shows the class "
+        f"more clearly, with less variety (default: {GUIDANCE:g})",
     )
     add(
         "--autoguidance",
         type=weight,
-        help="of a true liquid model, in place of --guidance: the same, from the prediction without a class and with "
-        "the fewer ODE steps of --coarse-steps",
+        help="let a true liquid model guide itself, in place of --guidance: away from what it predicts with fewer ODE "
+        "steps and without the class; 1 is the model itself",
     )
     add(
         "--coarse-steps",
