@@ -200,8 +200,12 @@ class ByNoise(Denoiser):
         self.noisy, self.clean, self.start = noisy, clean, start
         self.num_classes = clean.num_classes
 
+    def at(self, t: int) -> Denoiser:
+        """The one that answers at timestep t."""
+        return self.noisy if t >= self.start else self.clean
+
     def forward(self, x: Tensor, t: Tensor, state: object = None, **condition):
-        return (self.noisy if t[0] >= self.start else self.clean)(x, t, state, **condition)
+        return self.at(int(t[0]))(x, t, state, **condition)
 
 
 @dataclass(frozen=True)

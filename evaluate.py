@@ -17,7 +17,7 @@ import importlib.util
 from pathlib import Path
 
 from choices import DATASETS, DEVICES, SAMPLERS, SHOWN
-from lab.guidance import add_guidance
+from lab.predictions import add_prediction_flags
 from runtime.command_line import Parser, file_or_folder, integer, run, slow_imports
 from runtime.errors import UserError
 from runtime.files import output_file
@@ -42,7 +42,7 @@ def parser() -> Parser:
     add("--sampler", choices=SAMPLERS, default="dpmpp", help="how to get from noise to an image")
     add("--steps", type=integer(1, 10**5, "no model has more timesteps"),
         help="network calls per image (default: 50, or all timesteps of a model that has fewer)")
-    add_guidance(add)
+    add_prediction_flags(add)
     add("--seed", type=integer(0, 10**12, "larger ones give nothing new"), default=0,
         help="image i is drawn from the noise of seed + i; also seeds the rest")
     add("--batch-size", type=integer(1, 2**16, "more need more memory and are measured no faster"), default=64,

@@ -304,7 +304,7 @@ class TrueLiquidDiffusionModel(Denoiser):
         return tuple(cell.num_steps for cell in self.processor.cells.values())
 
     def with_steps(self, ode_steps: Sequence[int]) -> "TrueLiquidDiffusionModel":
-        """The same weights, not copied, whose ODE takes other steps, without a change of this model."""
+        """The same weights, not copied, whose ODE takes other steps; this model stays as it is. On the same device."""
         other = copy.deepcopy(self, {id(value): value for value in (*self.parameters(), *self.buffers())})
         other.set_solver(ode_steps=ode_steps)
         return other

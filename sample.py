@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 from choices import DEVICES, SAMPLERS, SOLVERS
-from lab.guidance import add_guidance
+from lab.predictions import add_prediction_flags
 from runtime.command_line import Parser, file_or_folder, integer, number, run, slow_imports
 from runtime.errors import UserError
 from runtime.files import check_distinct, check_writable, output_file
@@ -51,7 +51,7 @@ def parser() -> Parser:
     add("--classes",
         help="names or numbers of classes, separated by commas; the images take turns (default: all classes in turn); "
         "name:1 or index:1 where a number is a name, too")
-    add_guidance(add)
+    add_prediction_flags(add)
     add("--solver", choices=SOLVERS, help="ODE solver of a true liquid model (default: as trained)")
     add("--ode-steps", type=integer(1, 1000, "more change nothing but the time"), nargs=3,
         metavar=("GLOBAL", "LOCAL", "DETAIL"),

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from images.pictures import class_columns, save_gif, save_grid
 from images.single import save_folder, save_npz
 from kernels import native
 from lab.evaluation.tau_maps import record, save_tau_maps
-from lab.guidance import chosen_guidance
+from lab.predictions import denoiser_asked, guidance_asked
 from liquid_diffusion import TrueLiquidDiffusionModel
 from runtime.errors import RunFailed, UserError, reason, user_errors
 from runtime.files import make_folder
@@ -65,7 +65,12 @@ def draw_and_write(args: argparse.Namespace, written: Sequence[Path], gif: Path 
     columns = class_columns(asked[0], args.num_images) if all(each == asked[0] for each in asked) else []
     args.num_images = args.num_images or ROWS * (len(columns) or ROWS)
     labels = {name: in_turns(each, args.num_images) for name, each in turns.items()}
-    guidance = {name: chosen_guidance(args, one.model) for name, one in drawn.items()}
+    for one in drawn.values():
+        one.model.to(device).to(memory_format=torch.channels_last)
+    guidance = {name: guidance_asked(args, one.model) for name, one in drawn.items()}
+    drawn = {name: replace(one, model=denoiser_asked(args, one.model, one.scheduler)) for name, one in drawn.items()}
+    if args.noisy_ode_steps is not None and maps is not None:
+        raise UserError("--tau-maps: are drawn with the same ODE steps throughout; leave out --noisy-ode-steps")
     if len(drawn) > 1 and any(path.suffix.lower() != ".png" for path in written):
         raise UserError("--output: single images are of one model; name one --checkpoint, or a PNG")
     for path in written:
@@ -73,9 +78,6 @@ def draw_and_write(args: argparse.Namespace, written: Sequence[Path], gif: Path 
     for flag, path in (("--gif", gif), ("--tau-maps", maps)):
         if path is not None:
             make_folder(path.parent, flag)
-    for one in drawn.values():
-        one.model.to(device).to(memory_format=torch.channels_last)
-
     with out_of_memory_named(min(args.batch_size, args.num_images), "a smaller model"):
         images, frames = draw(args, drawn, labels, guidance)
         for path in written:

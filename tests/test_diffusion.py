@@ -10,7 +10,18 @@ from diffusers import DDIMScheduler
 from diffusers import DDPMScheduler as DiffusersDDPMScheduler
 
 from choices import PREDICTION_TYPES
-from diffusion import DDPMScheduler, Denoiser, Guidance, ddim, ddpm, denoiser, dpmpp, image_noise
+from diffusion import (
+    ByNoise,
+    DDPMScheduler,
+    Denoiser,
+    Guidance,
+    ddim,
+    ddpm,
+    denoiser,
+    dpmpp,
+    image_noise,
+    sample_images,
+)
 from images.batches import to_float
 from images.datasets import load_images
 from training.checkpoint import load_model
@@ -358,3 +369,20 @@ def test_a_guide_is_led_away_from_where_guidance_acts_and_nowhere_else():
 def test_guidance_without_classes_needs_a_guide():
     with pytest.raises(ValueError, match="guide"):
         denoiser(Denoiser(), DDPMScheduler(10), guidance=2.0)
+
+
+def test_one_denoiser_answers_where_noise_is_high_and_another_below():
+    calls = []
+
+    class Notes(Denoiser):
+        def __init__(self, name: str):
+            super().__init__()
+            self.name, self.weight = name, torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, t, state=None):
+            calls.append((self.name, t.tolist()))
+            return 0 * x
+
+    model = ByNoise(Notes("noisy"), Notes("clean"), 6)
+    sample_images(model, DDPMScheduler(10), (1, 4, 4), 2, steps=10)
+    assert calls == [("noisy" if t >= 6 else "clean", [t, t]) for t in range(9, -1, -1)]

@@ -12,13 +12,16 @@ from conftest import FEW_DRAWN, call, run_forked, short_run
 from PIL import Image
 
 import evaluate
-from diffusion import sample_images
+from diffusion import ByNoise, DDPMScheduler, Guidance, sample_images
 from images.batches import held_out_bank, to_float
 from images.datasets import load_images
 from lab.evaluation import inception, measures, procedure
 from lab.evaluation.likelihood import variational_bound
+from lab.evaluation.measures import drawing_multiply_adds
 from lab.evaluation.neighbours import nearest
 from lab.evaluation.sliced_wasserstein import sliced_wasserstein
+from liquid_diffusion import TrueLiquidDiffusionModel
+from models import multiply_adds
 from training.checkpoint import load_model
 from training.validation import held_out_loss
 
@@ -239,3 +242,19 @@ def test_bad_images_that_the_run_skipped_are_skipped_again(class_images, small_b
     run = short_run(tmp_path / "runs", *options)
     report, _ = measured("--checkpoint", run, "--bound-images", 2, output=tmp_path / "a.json")
     assert report["data"]["train_images"] + report["data"]["held_out_images"] == 120
+
+
+def test_a_drawing_costs_what_its_network_calls_cost():
+    """Counted by hand: 10 calls, of which 8 are in the noisier three quarters of 400 timesteps."""
+    model, scheduler, shape = TrueLiquidDiffusionModel(num_classes=2).eval(), DDPMScheduler(), (3, 8, 8)
+    coarse = model.with_steps((1, 2, 3))
+    whole, part = multiply_adds(model, shape), multiply_adds(coarse, shape)
+    mixed = ByNoise(coarse, model, 100)
+    for drawn_by, guidance, expected in (
+        (model, Guidance(), 10 * whole),
+        (model, Guidance(2.0), 20 * whole),
+        (model, Guidance(2.0, coarse), 10 * whole + 10 * part),
+        (mixed, Guidance(), 2 * whole + 8 * part),
+        (mixed, Guidance(2.0, between=(0.0, 0.1)), 2 * whole + 8 * part + whole),
+    ):
+        assert drawing_multiply_adds(drawn_by, guidance, scheduler, 10, shape) == expected

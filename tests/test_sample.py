@@ -14,7 +14,7 @@ from PIL import Image
 
 import sample
 from choices import GUIDANCE, SAMPLERS, SOLVERS
-from diffusion import Guidance, sample_images
+from diffusion import ByNoise, Guidance, sample_images
 from images.pictures import save_grid
 from training.checkpoint import load_model, read_model, save_model
 
@@ -167,6 +167,15 @@ def test_a_coarser_integration_of_the_same_weights_guides(class_run, digits_run,
             assert not np.array_equal(drawn, draw(run, tmp_path))
 
 
+def test_fewer_ode_steps_are_taken_where_noise_is_high(digits_run, tmp_path):
+    model, scheduler, config = load_model(digits_run)
+    by_hand = ByNoise(model.with_steps((1, 2, 2)), model, 2)  # from a quarter of its 8 timesteps
+    drawn = draw(digits_run, tmp_path, "--noisy-ode-steps", 1, 2, 2)
+    save_grid(sample_images(by_hand, scheduler, config["shape"], 4, steps=4), tmp_path / "hand.png")
+    assert np.array_equal(drawn, np.asarray(Image.open(tmp_path / "hand.png")))
+    assert not np.array_equal(drawn, draw(digits_run, tmp_path))
+
+
 def test_training_moves_the_class_vectors_and_the_output_hears_them(class_run):
     model, _, config = load_model(class_run)
     torch.manual_seed(0)
@@ -215,8 +224,11 @@ def test_a_bad_value_is_refused_by_its_flag(flag, value, digits_run, tmp_path):
     assert not (tmp_path / "out.png").exists()
 
 
-def test_what_autoguidance_needs_is_said(digits_run, inspired_run, class_run):
+def test_what_a_model_lacks_or_flags_contradict_is_said(digits_run, inspired_run, class_run, tmp_path):
+    steps = ["--noisy-ode-steps", 1, 1, 1]
     for run, words in (
+        (inspired_run, steps),
+        (digits_run, ["--tau-maps", tmp_path / "maps.png", *steps]),
         (inspired_run, ["--autoguidance", 2]),
         (digits_run, ["--coarse-steps", 1, 2, 3]),
         (class_run, ["--autoguidance", 2, "--guidance", 2]),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from choices import SHOWN
-from diffusion import DDPMScheduler, Denoiser, Guidance, carries_state, sample_images
+from diffusion import ByNoise, DDPMScheduler, Denoiser, Guidance, carries_state, sample_images
 from images.batches import Batch, held_out_bank, to_float, to_uint8
 from images.datasets import ImageData
 from lab.classifier.network import Classifier
@@ -32,7 +32,7 @@ from runtime.progress import progress_bar
 from training.validation import held_out_loss
 
 BINS = 10
-HOW_DRAWN = ("sampler", "steps", "seed", "classes", "guidance", "guide_ode_steps")
+HOW_DRAWN = ("sampler", "steps", "seed", "classes", "guidance", "guide_ode_steps", "noisy_ode_steps")
 HELD_OUT_QUERIES = 256  # held-out images, whose distances from the training images those of samples are compared with
 
 
@@ -48,13 +48,15 @@ def evaluate(
     seed: int,
     batch_size: int,
     guidance: Guidance,
+    drawn_by: Denoiser,
     classifier: Classifier | str,
     inception: Path | str,
 ) -> tuple[Report, Tensor]:
     """(the report, a picture of 16 samples and their nearest training images: (256, C, H, W) in [-1, 1]).
 
     num_images: samples, at least 16. bound_images: held-out images for the variational bound. sampler, steps,
-    batch_size and guidance: as in `sample_images`. classifier: of these images, or the reason why there is none.
+    batch_size and guidance: as in `sample_images`. drawn_by: the model, or what else draws with its weights.
+    classifier: of these images, or the reason why there is none.
     inception: the weights of the Inception network, or the reason why FID is not to be measured. The same seed gives
     the same figures, except for the speed. Raises RunFailed if the model's outputs are not finite.
     """
@@ -64,7 +66,7 @@ def evaluate(
     report["variational_bound"] = bound(model, scheduler, data, bound_images, seed, batch_size)
     asked = torch.arange(num_images) % model.num_classes if model.num_classes else None
     samples, report["sampling"] = draw(
-        model, scheduler, data, num_images, sampler, steps, seed, batch_size, asked, guidance
+        drawn_by, scheduler, data, num_images, sampler, steps, seed, batch_size, asked, guidance
     )
     report["sliced_wasserstein"] = patch_distance(samples, data, device, seed)
     picture, report["nearest_training_images"] = neighbours(samples, data, seed)
@@ -222,7 +224,8 @@ def draw(
         )
         seconds = time.monotonic() - started
     finite(images.sum().item(), "the sum of the samples")
-    guide = guidance.guide
+    other = {"guide_ode_steps": guidance.guide, "noisy_ode_steps": model.noisy if isinstance(model, ByNoise) else None}
+    other = {name: liquid for name, liquid in other.items() if isinstance(liquid, TrueLiquidDiffusionModel)}
     return to_uint8(images), {
         "value": num_images / seconds,
         "unit": "images/s",
@@ -234,8 +237,24 @@ def draw(
         "batch_size": batch_size,
         "classes": "in turns" if model.num_classes else "unconditional",
         "guidance": guidance.weight,
-        **({"guide_ode_steps": list(guide.current_steps())} if isinstance(guide, TrueLiquidDiffusionModel) else {}),
+        **{name: list(liquid.current_steps()) for name, liquid in other.items()},
+        "multiply_adds_per_image": drawing_multiply_adds(model, guidance, scheduler, steps, data.shape),
     }
+
+
+def drawing_multiply_adds(
+    model: Denoiser, guidance: Guidance, scheduler: DDPMScheduler, steps: int, shape: tuple[int, int, int]
+) -> int:
+    """Multiply-adds of drawing one image of shape (C, H, W) from noise, over all network calls and ODE steps."""
+    cost: dict[int, int] = {}
+    total = 0
+    for t in scheduler.timesteps(steps)[:-1]:
+        own = model.at(t) if isinstance(model, ByNoise) else model
+        for network in [own, guidance.guide or own] if guidance.acts(t, scheduler.num_timesteps) else [own]:
+            if id(network) not in cost:
+                cost[id(network)] = multiply_adds(network, shape)
+            total += cost[id(network)]
+    return total
 
 
 def patch_distance(images: Tensor, data: ImageData, device: torch.device, seed: int) -> Report:

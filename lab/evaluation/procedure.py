@@ -17,7 +17,7 @@ from lab.evaluation.measures import by_solver, evaluate, subject
 from lab.evaluation.ode_work import save_ode_work, with_ode
 from lab.evaluation.report import Report
 from lab.evaluation.table import table
-from lab.guidance import chosen_guidance
+from lab.predictions import denoiser_asked, guidance_asked
 from runtime.errors import RunFailed, UserError, reason, user_errors
 from runtime.files import make_folder, save_json
 from runtime.hardware import choose_device, keep_freed_memory, out_of_memory_named, stay_within_memory
@@ -40,11 +40,11 @@ def measure_and_write(args: Namespace, run_folder: Path | None, output: Path, pi
         raise UserError(f"--steps: must be at most the model's {scheduler.num_timesteps} timesteps, got {args.steps}")
     args.dataset, args.data_dir, image_size, skip = data_source(args, config, run_folder)
     nearby = "name its folder with --data-dir"  # another data set would not be the one of this model
-    guidance = chosen_guidance(args, model)
+    model.to(device).to(memory_format=torch.channels_last)
+    guidance, drawn_by = guidance_asked(args, model), denoiser_asked(args, model, scheduler)
     data = load_images(args.dataset, args.data_dir, image_size, skip_bad_images=skip, otherwise=nearby)
     check_fit(data, config)
     make_folder(output.parent, "--output")
-    model.to(device).to(memory_format=torch.channels_last)
     about = subject(model, scheduler, data)
     print(description(config["model"], about))
     inception = inception_or_reason(args.fid)
@@ -75,6 +75,7 @@ def measure_and_write(args: Namespace, run_folder: Path | None, output: Path, pi
                 seed=args.seed,
                 batch_size=args.batch_size,
                 guidance=guidance,
+                drawn_by=drawn_by,
                 classifier=classifier,
                 inception=inception,
             )

@@ -58,5 +58,6 @@ def table(report: Report) -> str:
         note = f"eps-MSE, {point['multiply_adds'] / 1e6:,.1f} M multiply-adds" + ", as trained" * point["as_trained"]
         row(f"  {point['solver']} {steps}", number(point, 5), report["ode_work"], note)
     row("sampling", number(speed, 1), speed, f"images/s, {speed['sampler']}, {speed['steps']} network calls per image")
+    row("  its cost", f"{speed['multiply_adds_per_image'] / 1e9:.2f}", speed, "billion multiply-adds per image drawn")
     widths = [max(len(cells[i]) for cells in rows) for i in range(3)]
     return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows)

@@ -1,0 +1,71 @@
+"""What a user of `sample.py` and `evaluate.py` may ask of the predictions that a drawing follows: flags and meaning."""
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from choices import GUIDANCE
+from runtime.command_line import integer, number
+from runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusion import DDPMScheduler, Denoiser, Guidance
+    from liquid_diffusion import TrueLiquidDiffusionModel
+
+NOISY = 0.25  # from this fraction of the timesteps on, half the ODE steps drew as well as all (LOG.md)
+
+
+def add_prediction_flags(add: Callable[..., argparse.Action]) -> None:
+    """Add the flags by `ArgumentParser.add_argument`."""
+    weight = number(0, 100, "more saturates every pixel")
+    steps = integer(1, 1000, "more change nothing but the time")
+    cells = ("GLOBAL", "LOCAL", "DETAIL")
+    # fmt: off
+    add("--guidance", type=weight,
+        help="how strongly a class-conditional model follows the class: 1 is the model itself, more shows the class "
+        f"more clearly, with less variety (default: {GUIDANCE:g})")
+    add("--autoguidance", type=weight,
+        help="let a true liquid model guide itself, in place of --guidance: away from what it predicts with fewer ODE "
+        "steps and without the class; 1 is the model itself")
+    add("--coarse-steps", type=steps, nargs=3, metavar=cells,
+        help="ODE steps of the three cells for --autoguidance (default: half of those of the model, rounded up)")
+    add("--noisy-ode-steps", type=steps, nargs=3, metavar=cells,
+        help=f"ODE steps of the three cells in the noisier {1 - NOISY:.0%} of the timesteps, where fewer lose little "
+        "(default: as in the others)")
+    # fmt: on
+
+
+def guidance_asked(args: argparse.Namespace, model: "Denoiser") -> "Guidance":
+    """What the flags say for this model. Raises UserError for what it does not have."""
+    from diffusion import Guidance
+    from liquid_diffusion import scaled_steps
+
+    if args.coarse_steps is not None and args.autoguidance is None:
+        raise UserError("--coarse-steps: are those of --autoguidance, which is not given")
+    if args.autoguidance is not None:
+        if args.guidance is not None:
+            raise UserError("--autoguidance: takes the place of --guidance; give one of the two")
+        liquid = only_liquid("--autoguidance", model)
+        return Guidance(args.autoguidance, liquid.with_steps(args.coarse_steps or scaled_steps(liquid.ode_steps, 0.5)))
+    if args.guidance not in (None, 1) and not model.num_classes:
+        raise UserError("--guidance: this model has no classes; train.py --class-conditional learns them")
+    return Guidance((GUIDANCE if model.num_classes else 1.0) if args.guidance is None else args.guidance)
+
+
+def denoiser_asked(args: argparse.Namespace, model: "Denoiser", scheduler: "DDPMScheduler") -> "Denoiser":
+    """The model, or, with --noisy-ode-steps, one that takes these ODE steps where noise is high."""
+    from diffusion import ByNoise
+
+    if args.noisy_ode_steps is None:
+        return model
+    noisy = only_liquid("--noisy-ode-steps", model).with_steps(args.noisy_ode_steps)
+    return ByNoise(noisy, model, round(NOISY * scheduler.num_timesteps))
+
+
+def only_liquid(flag: str, model: "Denoiser") -> "TrueLiquidDiffusionModel":
+    """The model, if it has an ODE. Raises UserError otherwise."""
+    from liquid_diffusion import TrueLiquidDiffusionModel
+
+    if not isinstance(model, TrueLiquidDiffusionModel):
+        raise UserError(f"{flag}: only a true liquid model has an ODE that can take fewer steps")
+    return model
