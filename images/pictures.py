@@ -52,21 +52,25 @@ def grid_image(images: Tensor, columns: int | None = None, names: Sequence[str] 
     whole = Image.new("RGB", (picture.width, picture.height + CAPTION), "white")
     whole.paste(picture, (0, CAPTION))
     text, room = ImageDraw.Draw(whole), zoom * (width + 1)
-    for i, name in enumerate(names):
-        font, shown = fitting(name, zoom * width)
-        text.text((i * room + (room + zoom) // 2, CAPTION // 2), shown, "black", anchor="mm", font=font)
+    font, shown = fitting(names, zoom * width)
+    for i, name in enumerate(shown):
+        text.text((i * room + (room + zoom) // 2, CAPTION // 2), name, "black", anchor="mm", font=font)
     return whole
 
 
-def fitting(name: str, width: int) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, str]:
-    """A font in which the name takes at most `width` pixels, and the name, shortened if no font is small enough."""
+def fitting(names: Sequence[str], width: int) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, list[str]]:
+    """A font in which each name takes at most `width` pixels, and the names, shortened if no font is small enough."""
     for size in range(NAME_SIZE, SMALLEST_SIZE - 1, -1):
         font = ImageFont.load_default(size)
-        if font.getlength(name) <= width:
-            return font, name
-    font = ImageFont.load_default(SMALLEST_SIZE)
-    kept = next(n for n in range(len(name), -1, -1) if n == 0 or font.getlength(f"{name[:n]}.") <= width)
-    return font, f"{name[:kept]}."
+        if all(font.getlength(name) <= width for name in names):
+            break
+    shown = []
+    for name in names:
+        cut = name
+        while cut and font.getlength(cut if cut == name else f"{cut}.") > width:
+            cut = cut[:-1]
+        shown.append(name if cut == name else f"{cut}.")
+    return font, shown
 
 
 def grids_beside(grids: dict[str, Tensor], names: Sequence[str] = ()) -> Image.Image:
