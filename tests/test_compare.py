@@ -308,11 +308,12 @@ def test_with_classes_all_arms_learn_them_and_are_drawn_with_guidance(classifier
     assert code == 2 and "--class-conditional" in err, err
 
 
-def test_without_a_classifier_one_line_says_why_and_how_to_train_one(tmp_path, capsys):
-    settings, data = compare.parser().parse_args(["--dataset", "digits"]), load_images("digits", "unused")
-    assert samples.classifier_and_conditions(settings, data, tmp_path / "comparison.csv", {}) == (None, {})
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "python -m lab.classifier --dataset digits --image-size 8 " in said
+def test_without_a_classifier_one_line_says_why_and_how_to_train_one(experiment):
+    folder, options, _ = experiment
+    with mock.patch.object(procedure, "save_curves"):
+        _, out, _ = call(compare, *TINY, "--output-dir", folder, *options)
+    (said,) = (line for line in out.splitlines() if line.startswith("FD and KID are not measured: "))
+    assert "python -m lab.classifier --dataset digits --image-size 8 " in said
 
 
 def test_a_sweep_of_the_whole_amount_is_the_first_seed_of_the_best_rate(tmp_path):

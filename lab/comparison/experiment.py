@@ -90,7 +90,7 @@ class Experiment:
     data: ImageData
     folder: Path
     costs: dict[str, Cost]
-    classifier: Classifier | None = None  # by which samples are measured
+    classifier: Classifier | str = ""  # by which samples are measured, or why none are
 
     def images(self, arm: str, share: float) -> float:
         """How many images an arm may train on with this share of the budget."""

@@ -49,6 +49,8 @@ def compare(s: argparse.Namespace, settings: dict, folder: Path) -> None:
     save_json(folder / "comparison.json", settings)
     experiment = Experiment(s, data, folder, arm_costs(s, data, folder), classifier)
     check_length(experiment)
+    if isinstance(classifier, str):
+        print(f"FD and KID are not measured: {classifier}", flush=True)
     try:
         results, points = train_all(experiment)
         measure_all(experiment, results)

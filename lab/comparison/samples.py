@@ -34,19 +34,18 @@ IN_PICTURE = 10  # images of each arm in grid.png
 
 def classifier_and_conditions(
     s: argparse.Namespace, data: ImageData, table: Path, before: dict
-) -> tuple[Classifier | None, dict]:
+) -> tuple[Classifier | str, dict]:
     """(the classifier in whose features samples are measured, all that their FD depends on beside the weights).
 
-    table: comparison.csv. before: the conditions under which FDs in it were measured. (None, before) if no more are to
-    be measured; if that is for want of a classifier, the reason is printed. Raises UserError if the conditions are
-    others than those of the FDs in the table, which can only be compared under the same.
+    table: comparison.csv. before: the conditions under which FDs in it were measured. (the reason, before) if no more
+    are to be measured. Raises UserError if the conditions are others than those of the FDs in the table, which can only
+    be compared under the same.
     """
     if s.num_images == 0:
-        return None, before
+        return "not asked for (--num-images 0)", before
     classifier, path = classifier_or_reason(s.classifier, data)
     if isinstance(classifier, str) or path is None:
-        print(f"FD and KID are not measured: {classifier}", flush=True)
-        return None, before
+        return classifier, before
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     now = {"num_images": s.num_images, "guidance": s.guidance, "classifier": digest}
     for name, value in now.items() if with_figure(read_rows(Result, table), "fd") else ():
@@ -110,7 +109,7 @@ def measure(experiment: Experiment, training: Training, advance: Callable[[float
     advance(seconds) is called as in `Experiment.run`.
     """
     run, s = weights(experiment, training), experiment.settings
-    assert run is not None and experiment.classifier is not None  # as the caller has seen
+    assert run is not None and isinstance(experiment.classifier, Classifier)  # as the caller has seen
     device = choose_device(s.device)
     make_reproducible(device)
     each = seconds(experiment, training.arm) / (s.num_images * min(MOST_STEPS, s.timesteps))
@@ -123,7 +122,7 @@ def measure(experiment: Experiment, training: Training, advance: Callable[[float
 def measure_all(experiment: Experiment, results: list[Result]) -> None:
     """Measure the samples of all runs that are not measured yet and whose weights are there; `results` are changed."""
     s, places = experiment.settings, {}
-    for i, row in enumerate(results if experiment.classifier is not None else []):
+    for i, row in enumerate(results if isinstance(experiment.classifier, Classifier) else []):
         training = Training(row.arm, row.lr, row.seed, 1)
         if math.isnan(row.fd) and weights(experiment, training) is not None:
             places[training] = i
