@@ -12,6 +12,7 @@ from conftest import FEW_DRAWN, call, run_forked, short_run
 from PIL import Image
 
 import evaluate
+from choices import GUIDANCE
 from diffusion import ByNoise, DDPMScheduler, Guidance, sample_images
 from images.batches import held_out_bank, to_float
 from images.datasets import load_images
@@ -198,7 +199,7 @@ def test_a_model_with_classes_is_told_them_in_turns_and_measured_by_them(short_c
     truth = held_out_loss(model, scheduler, bank)
     assert report["eps_mse"]["value"] == pytest.approx(truth, rel=1e-5)
     labels = torch.arange(20) % 2
-    samples = sample_images(model, scheduler, (3, 16, 16), 20, steps=3, labels=labels)
+    samples = sample_images(model, scheduler, (3, 16, 16), 20, steps=3, labels=labels, guidance=GUIDANCE)
     samples = ((samples + 1) * 127.5).round().byte()
     distances = nearest(samples[:16], data.train, 1, mirror=True).distance[:, 0]
     assert report["nearest_training_images"]["distances"] == pytest.approx(distances.tolist(), abs=0.05)
