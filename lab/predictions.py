@@ -30,7 +30,7 @@ def add_prediction_flags(add: Callable[..., argparse.Action]) -> None:
     add("--coarse-steps", type=steps, nargs=3, metavar=cells,
         help="ODE steps of the three cells for --autoguidance (default: half of those of the model, rounded up)")
     add("--noisy-ode-steps", type=steps, nargs=3, metavar=cells,
-        help=f"ODE steps of the three cells in the noisier {1 - NOISY:.0%} of the timesteps, where fewer lose little "
+        help="ODE steps of the three cells in the noisier three quarters of the timesteps, where fewer lose little "
         "(default: as in the others)")
     # fmt: on
 

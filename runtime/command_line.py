@@ -58,12 +58,18 @@ class Parser(argparse.ArgumentParser):
 
     def check(self, values: dict[str, object]) -> None:
         """Check values as if they had been given on the command line, if they are options. Raises UserError."""
-        names = {action.dest for action in self._actions}
-        flags = [(spelled(name), value) for name, value in values.items() if name in names]
-        on = [flag for flag, value in flags if value is True]
-        several = [word for flag, value in flags if isinstance(value, list) for word in (flag, *map(str, value))]
-        one = [f"{flag}={value}" for flag, value in flags if not isinstance(value, list | bool | None)]
-        self.parse_args([*on, *several, *one])
+        of_several = {action.dest: isinstance(action.nargs, int) for action in self._actions}
+        words = []
+        for name, value in values.items():
+            if name not in of_several or value in (None, False):
+                continue
+            if value is True:
+                words.append(spelled(name))
+            elif of_several[name] and isinstance(value, list):
+                words += [spelled(name), *map(str, value)]
+            else:
+                words.append(f"{spelled(name)}={value}")
+        self.parse_args(words)
 
 
 def spelled(name: str) -> str:

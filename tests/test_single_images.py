@@ -29,6 +29,7 @@ def test_the_archive_the_folder_and_the_grid_have_the_same_images(short_class_ru
         assert np.array_equal(np.asarray(Image.open(tmp_path / "singles" / row["file"])), pixels)
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     zoom = 64 // 16
+    grid = grid[-2 * zoom * 17 - zoom :]  # without the names of its columns: two rows
     assert np.array_equal(grid[zoom : zoom * 17 : zoom, zoom : zoom * 17 : zoom], arrays["arr_0"][0])
 
 
