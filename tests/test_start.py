@@ -5,7 +5,7 @@ import torch
 from conftest import ROOT, TINY, call, trained
 
 import train
-from training.checkpoint import read_model
+from training.checkpoint import load_model, read_model
 
 QUICK = ["--sample-every", 1000, "--log-every", 1]
 
@@ -44,6 +44,18 @@ def test_without_classes_and_with_other_colours_what_does_not_fit_is_new_and_sai
     nothing = before["embedding.classes.weight"][-1]
     assert torch.allclose(weights["embedding.classes.weight"], nothing.expand(3, -1), atol=1e-5)
     assert "0 of 2 classes" in out
+
+
+def test_the_shape_of_the_source_is_taken_over_unless_the_flags_name_another(tmp_path):
+    shape = ["--channels", 8, 16, 24, "--ode-steps", 4, 3, 2]
+    narrow = trained(tmp_path / "narrow", "--steps", 3, "--lr", 0.02, *shape, *QUICK)
+    _, out = started(narrow, tmp_path / "same")
+    assert "new:" not in out
+    (run,) = (tmp_path / "same").iterdir()
+    model = load_model(run)[0]
+    assert model.current_steps() == (4, 3, 2) and model.processor.global_cell.recurrent.weight.shape[0] == 24
+    _, out = started(narrow, tmp_path / "other", "--channels", 8, 16, 16)
+    assert "new: processor.to_coarse.weight" in out
 
 
 def test_new_classes_of_a_model_without_any_change_nothing_at_first(source, tmp_path):

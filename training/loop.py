@@ -26,7 +26,6 @@ from runtime.files import check_writable, save_json
 from runtime.hardware import is_out_of_memory, keep_freed_memory, make_reproducible
 from runtime.processes import Processes, is_lost_process, join_processes
 from runtime.progress import progress_bar
-from training.checkpoint import read_model
 from training.compute import resolved
 from training.config import TrainConfig
 from training.run_folder import (
@@ -38,7 +37,7 @@ from training.run_folder import (
     what_is_safe,
 )
 from training.run_log import RunLog, tensorboard_writer
-from training.start import start_from
+from training.start import shaped_like_source, start_from
 from training.state import TrainState, untrained
 from training.step import TrainStep
 from training.summary import changes_since, description, rate_jump
@@ -68,7 +67,7 @@ def train(
     elif not dry_run:
         check_writable(Path(config.output_dir), "--output-dir")
     if resume is None and config.init is not None:
-        read_model(config.init)  # likewise
+        config = shaped_like_source(config)  # likewise, if it cannot be read
     keep_freed_memory()
     with join_processes(config.device) as processes, ExitStack() as held:
         if resume is not None and processes.is_main and not dry_run:

@@ -1,14 +1,29 @@
 """Starting a run from the weights of another one, with other data and other classes: `train.py --init RUN`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from runtime.errors import UserError
-from training.checkpoint import load_model
+from training.checkpoint import load_model, read_model
+from training.config import TrainConfig
 from training.state import TrainState
 
+NOT_SHAPE = {"in_channels", "num_classes", "solver", "random_steps"}  # what the data and the flags of a run decide
 SAME = ("timesteps", "schedule", "prediction_type")  # what the weights have learned to answer
+
+
+def shaped_like_source(config: TrainConfig) -> TrainConfig:
+    """`config` with the shape of the network that `config.init` has, where the config says nothing else.
+
+    A source of another model, which `start_from` refuses, changes nothing. Raises UserError if it cannot be read.
+    """
+    _, about = read_model(str(config.init))
+    if about["model"] != config.model:
+        return config
+    shape = {name: value for name, value in about["model_config"].items() if name not in NOT_SHAPE}
+    return replace(config, model_config=shape | config.model_config)
 
 
 @torch.no_grad()
