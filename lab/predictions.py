@@ -1,12 +1,12 @@
 """What a user of `sample.py` and `evaluate.py` may ask of the predictions that a drawing follows: flags and meaning."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from choices import GUIDANCE
 from runtime.command_line import integer, number
-from runtime.errors import UserError
+from runtime.errors import UserError, user_errors
 
 if TYPE_CHECKING:
     from diffusion import DDPMScheduler, Denoiser, Guidance
@@ -38,15 +38,14 @@ def add_prediction_flags(add: Callable[..., argparse.Action]) -> None:
 def guidance_asked(args: argparse.Namespace, model: "Denoiser") -> "Guidance":
     """What the flags say for this model. Raises UserError for what it does not have."""
     from diffusion import Guidance
-    from liquid_diffusion import scaled_steps
 
     if args.coarse_steps is not None and args.autoguidance is None:
         raise UserError("--coarse-steps: are those of --autoguidance, which is not given")
     if args.autoguidance is not None:
         if args.guidance is not None:
             raise UserError("--autoguidance: takes the place of --guidance; give one of the two")
-        liquid = only_liquid("--autoguidance", model)
-        return Guidance(args.autoguidance, liquid.with_steps(args.coarse_steps or scaled_steps(liquid.ode_steps, 0.5)))
+        coarse = with_steps("--autoguidance", model, args.coarse_steps)
+        return Guidance(args.autoguidance, coarse)
     if args.guidance not in (None, 1) and not model.num_classes:
         raise UserError("--guidance: this model has no classes; train.py --class-conditional learns them")
     return Guidance((GUIDANCE if model.num_classes else 1.0) if args.guidance is None else args.guidance)
@@ -58,14 +57,18 @@ def denoiser_asked(args: argparse.Namespace, model: "Denoiser", scheduler: "DDPM
 
     if args.noisy_ode_steps is None:
         return model
-    noisy = only_liquid("--noisy-ode-steps", model).with_steps(args.noisy_ode_steps)
+    noisy = with_steps("--noisy-ode-steps", model, args.noisy_ode_steps)
     return ByNoise(noisy, model, round(NOISY * scheduler.num_timesteps))
 
 
-def only_liquid(flag: str, model: "Denoiser") -> "TrueLiquidDiffusionModel":
-    """The model, if it has an ODE. Raises UserError otherwise."""
-    from liquid_diffusion import TrueLiquidDiffusionModel
+def with_steps(flag: str, model: "Denoiser", ode_steps: Sequence[int] | None) -> "TrueLiquidDiffusionModel":
+    """The model with other ODE steps, by default half of its own. Raises UserError if they cannot be chosen."""
+    from diffusion import carries_state
+    from liquid_diffusion import TrueLiquidDiffusionModel, scaled_steps
 
     if not isinstance(model, TrueLiquidDiffusionModel):
         raise UserError(f"{flag}: only a true liquid model has an ODE that can take fewer steps")
-    return model
+    if carries_state(model):
+        raise UserError(f"{flag}: this model keeps its state from call to call, which another cannot share")
+    with user_errors(flag):
+        return model.with_steps(ode_steps or scaled_steps(model.ode_steps, 0.5))

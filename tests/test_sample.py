@@ -13,9 +13,12 @@ from conftest import call, refused, run_forked, short_run
 from PIL import Image
 
 import sample
+from baselines import MemoryLiquid, UntiedLiquid
 from choices import GUIDANCE, SAMPLERS, SOLVERS
 from diffusion import ByNoise, Guidance, sample_images
 from images.pictures import save_grid
+from lab.predictions import with_steps
+from runtime.errors import UserError
 from training.checkpoint import load_model, read_model, save_model
 
 FEW_TIMESTEPS = ["--timesteps", 8]
@@ -234,6 +237,13 @@ def test_what_a_model_lacks_or_flags_contradict_is_said(digits_run, inspired_run
         (class_run, ["--autoguidance", 2, "--guidance", 2]),
     ):
         assert words[0] in line_of_refusal("--checkpoint", run, *words)
+
+
+@pytest.mark.parametrize("model", [UntiedLiquid, MemoryLiquid])
+@pytest.mark.parametrize("flag", ["--autoguidance", "--noisy-ode-steps"])
+def test_an_ablation_whose_steps_cannot_be_chosen_is_refused(model, flag):
+    with pytest.raises(UserError, match=f"^{flag}: "):
+        with_steps(flag, model(), (1, 2, 3))
 
 
 def test_an_unknown_class_is_refused_with_those_there_are(class_run):
