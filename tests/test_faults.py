@@ -1,5 +1,6 @@
 """Full disks, too little memory, rates that diverge, machines that lack something: one line, and whole files."""
 
+import importlib
 import json
 import os
 import re
@@ -129,6 +130,7 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint_and_draws_nothing_black(
 
 def little_memory() -> None:
     """A limit of 256 MiB of addresses beyond what the process has."""
+    importlib.import_module("torch.utils.flop_counter")  # imports triton, and warns where memory is too short for it
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + (256 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
