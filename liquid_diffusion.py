@@ -229,13 +229,17 @@ class SpatialLiquidProcessor(nn.Module):
         """The cells by their names, from slow to fast."""
         return {"global": self.global_cell, "local": self.local_cell, "detail": self.detail_cell}
 
+    def scales(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The features x (B, C0, H, W) at half and at quarter resolution: (B, C1, H/2, W/2), (B, C2, H/4, W/4)."""
+        medium = self.to_medium(F.avg_pool2d(x, 2))
+        return medium, self.to_coarse(F.avg_pool2d(medium, 2))
+
     def forward(self, x: Tensor, embedding: Tensor, state: State | None = None) -> State:
         h_global, h_local, h_detail = state or (None, None, None)
-        medium = self.to_medium(F.avg_pool2d(x, 2))
-        coarse = self.to_coarse(F.avg_pool2d(medium, 2))
+        medium, coarse = self.scales(x)
         h_global = self.global_cell(coarse, embedding, h_global)
-        h_local = self.local_cell(torch.cat([medium, upsample(h_global)], dim=1), embedding, h_local)
-        h_detail = self.detail_cell(torch.cat([x, upsample(h_local)], dim=1), embedding, h_detail)
+        h_local = self.local_cell(beside(medium, h_global), embedding, h_local)
+        h_detail = self.detail_cell(beside(x, h_local), embedding, h_detail)
         return h_global, h_local, h_detail
 
 
@@ -254,6 +258,11 @@ class _Upsample(torch.autograd.Function):
 def upsample(x: Tensor) -> Tensor:
     """Nearest-neighbour doubling of both sides: (B, C, H, W) -> (B, C, 2H, 2W)."""
     return _Upsample.apply(x)
+
+
+def beside(features: Tensor, slower: Tensor) -> Tensor:
+    """What a cell reads: its scale's features (B, C, H, W) and the slower cell's state (B, D, H/2, W/2)."""
+    return torch.cat([features, upsample(slower)], dim=1)
 
 
 class TrueLiquidDiffusionModel(Denoiser):

@@ -9,12 +9,13 @@ from conftest import ROOT
 import benchmark
 import compare
 import evaluate
+import export
 import sample
 import train
 from data import render_font
 from lab.classifier import __main__ as classifier
 
-COMMANDS = {f"{module.__name__}.py": module for module in (train, sample, evaluate, compare, benchmark)}
+COMMANDS = {f"{module.__name__}.py": module for module in (train, sample, evaluate, compare, benchmark, export)}
 COMMANDS |= {"classifier": classifier, "render_font.py": render_font}
 PAGES = ["README.md", "RESULTS.md", "pretrained/README.md", "data/README.md"]
 LONGEST = {"README.md": 120, "RESULTS.md": 250}  # lines
@@ -32,7 +33,7 @@ def test_the_commands_of_a_page_exist_with_their_flags(page):
     text = (ROOT / page).read_text().replace("\\\n", " ")
     shown = re.findall(
         r"python (?:-m lab\.|data/)?"
-        r"((?:classifier\b|(?:train|sample|evaluate|compare|benchmark|render_font)\.py)[^`|#\n]*)",
+        r"((?:classifier\b|(?:train|sample|evaluate|compare|benchmark|export|render_font)\.py)[^`|#\n]*)",
         text,
     )
     for line in shown:

@@ -18,7 +18,7 @@ import train
 from images import datasets
 from lab.benchmark import sections
 
-COMMANDS = ("train", "sample", "evaluate", "compare", "benchmark", "lab.classifier.__main__")
+COMMANDS = ("train", "sample", "evaluate", "compare", "benchmark", "export", "lab.classifier.__main__")
 NETWORKS = {"liquid_diffusion", "liquid_diffusion_inspired", "baselines", "diffusion", "models"}
 
 # part -> the parts that it may import besides itself; each module in the root is a part of its own
@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "evaluate": {"choices", "lab", "training", "runtime"},
     "compare": {"choices", "lab", "training", "images", "runtime"},
     "benchmark": {"choices", "lab", "runtime"},
+    "export": {"lab", "runtime", "sample", "training"},
 }
 
 
@@ -109,6 +110,8 @@ def test_a_command_knows_its_flags_without_torch():
         ("evaluate", ["--help"]),
         ("compare", ["--help"]),
         ("benchmark", ["--help"]),
+        ("export", ["--help"]),
+        ("export", ["--checkpoint", "nowhere"]),
         ("lab/classifier/__main__", ["--help"]),
         ("lab/classifier/__main__", ["--images", "0"]),
         ("train", ["--lr", "5"]),
