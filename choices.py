@@ -44,6 +44,9 @@ LADDER = {
 # the liquid with one thing changed
 ABLATIONS = ("pooled", "tau=fixed", "untied", "memory")
 
+# these have no ODE whose steps could be chosen: the steps of the last are layers with weights of their own
+WITHOUT_ODE = ("inspired", "unet", "true:untied")
+
 # the arms that compare.py knows: name -> (model, its config)
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "true": ("true", {}),
@@ -51,9 +54,12 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"unet:{rung}": ("unet", shape) for rung, shape in LADDER.items()},
     "true:steps=1": ("true", {"ode_steps": (1, 1, 1)}),
     "true:steps=random": ("true", {"random_steps": True}),
+    "true:coarse-first": ("true", {}),
     "true:solver=exponential": ("true", {"solver": "exponential"}),
     **{f"true:{name}": (f"true:{name}", {}) for name in ABLATIONS},
 }
+# the arms that differ in how they are trained: name -> values of TrainConfig
+ARM_TRAINING: dict[str, dict[str, Any]] = {"true:coarse-first": {"coarse_first": 0.6}}
 
 SHOWN = 16  # samples that evaluate.py shows with their nearest training images, and the fewest that it draws
 

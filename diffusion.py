@@ -33,8 +33,8 @@ class Denoiser(nn.Module):
 
     num_classes: int = 0  # 0: unconditional; else label `num_classes` means "no class"
 
-    def draw_steps(self, generator: torch.Generator) -> None:
-        """Called before each training step, for networks whose training is random in a way of their own."""
+    def draw_steps(self, generator: torch.Generator, *, coarse: bool = False) -> None:
+        """Called before each training step, for networks that integrate an ODE; coarse: with half of its steps."""
 
 
 def carries_state(model: Denoiser) -> bool:

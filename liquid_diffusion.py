@@ -37,6 +37,8 @@ TAU_RANGE = {"global": (0.7, 4.0), "local": (0.45, 4.0), "detail": (0.3, 4.0)}
 # cost 1.2 times the usual steps.
 STEP_MULTIPLES = {0.5: 0.4, 1: 0.4, 2: 0.1, 4: 0.1}
 
+COARSE = 0.5  # the multiple of the ODE steps in the coarse part of a training (`TrainConfig.coarse_first`)
+
 State = tuple[Tensor, Tensor, Tensor]  # h of the global, local and detail cell
 
 
@@ -318,11 +320,18 @@ class TrueLiquidDiffusionModel(Denoiser):
         other.set_solver(ode_steps=ode_steps)
         return other
 
-    def draw_steps(self, generator: torch.Generator) -> None:
-        """With `random_steps`, in training: draw the ODE steps of the next forward pass (`STEP_MULTIPLES`)."""
-        if self.random_steps and self.training:
+    def draw_steps(self, generator: torch.Generator, *, coarse: bool = False) -> None:
+        """In training: set the ODE steps of the next forward pass.
+
+        They are `ode_steps`, with `random_steps` times a random one of STEP_MULTIPLES, and with `coarse` half of that.
+        """
+        if not self.training:
+            return
+        multiple = COARSE if coarse else 1
+        if self.random_steps:
             drawn = torch.multinomial(torch.tensor(list(STEP_MULTIPLES.values())), 1, generator=generator)
-            self.set_solver(ode_steps=scaled_steps(self.ode_steps, list(STEP_MULTIPLES)[int(drawn)]))
+            multiple *= list(STEP_MULTIPLES)[int(drawn)]
+        self.set_solver(ode_steps=scaled_steps(self.ode_steps, multiple))
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from torch import nn
 from baselines import ABLATIONS, UNetReference
 from diffusion import Denoiser, carries_state
 from kernels.native import plain_torch
-from liquid_diffusion import STEP_MULTIPLES, TrueLiquidDiffusionModel, scaled_steps
+from liquid_diffusion import COARSE, STEP_MULTIPLES, TrueLiquidDiffusionModel, scaled_steps
 from liquid_diffusion_inspired import InspiredDiffusionModel
 
 NETWORKS: dict[str, type[Denoiser]] = {
@@ -57,15 +57,20 @@ def multiply_adds(model: nn.Module, shape: tuple[int, int, int]) -> int:
     return counter.get_total_flops() // 2
 
 
-def training_multiply_adds(model: Denoiser, shape: tuple[int, int, int]) -> int:
-    """Average multiply-adds of training on one image of shape (C, H, W); a backward pass costs two forward ones."""
+def training_multiply_adds(model: Denoiser, shape: tuple[int, int, int], coarse_first: float = 0) -> int:
+    """Average multiply-adds of training on one image of shape (C, H, W); a backward pass costs two forward ones.
+
+    coarse_first: the share of the images for which a true liquid takes half of its ODE steps.
+    """
     # a model that carries its state sees one earlier image, on average
     passes = 4 if carries_state(model) else 3
-    if not (isinstance(model, TrueLiquidDiffusionModel) and model.random_steps):
+    if not isinstance(model, TrueLiquidDiffusionModel):
         return passes * multiply_adds(model, shape)
     forward = 0.0
-    for multiple, probability in STEP_MULTIPLES.items():
-        model.set_solver(ode_steps=scaled_steps(model.ode_steps, multiple))
-        forward += probability * multiply_adds(model, shape)
+    for multiple, probability in (STEP_MULTIPLES if model.random_steps else {1: 1.0}).items():
+        for part, share in ((COARSE, coarse_first), (1, 1 - coarse_first)):
+            if share > 0:
+                model.set_solver(ode_steps=scaled_steps(model.ode_steps, part * multiple))
+                forward += share * probability * multiply_adds(model, shape)
     model.set_solver(ode_steps=model.ode_steps)
     return round(passes * forward)

@@ -56,6 +56,9 @@ def parser() -> Parser:
         metavar=("GLOBAL", "LOCAL", "DETAIL"), help="ODE steps of the true model's three cells (default: 3 5 7)")
     add("--random-ode-steps", action="store_true",
         help="train the true model with 0.5 to 4 times its usual ODE steps, so that sample.py may choose them")
+    add("--coarse-first", metavar="SHARE", type=number(0, 1, "a run ends with all of its ODE steps", without=(1,)),
+        help="for the first part of the run, a share from 0 to below 1 of its steps or minutes, the true model takes "
+        "half of its ODE steps, which is faster; the rest of the run takes all of them")
     add("--dataset", choices=DATASETS, help="what to learn")
     add("--data-dir", type=file_or_folder,
         help="where data sets are kept; with --dataset folder, the folder of your images")
@@ -112,8 +115,8 @@ def main() -> None:
     values = vars(p.parse_args())
     given = p.given()
     resume, dry_run = values.pop("resume"), values.pop("dry_run")
-    for flag in ("solver", "channels", "ode_steps", "random_ode_steps"):
-        if flag in given and values["model"] != "true" and resume is None:
+    for flag in ("solver", "channels", "ode_steps", "random_ode_steps", "coarse_first"):
+        if given.get(flag) and values["model"] != "true" and resume is None:
             raise UserError(f"{spelled(flag)}: only the true model has an ODE, got --model {values['model']}")
     liquid = {"solver": values.pop("solver"), "random_steps": values.pop("random_ode_steps")}
     liquid |= {name: value for name in ("channels", "ode_steps") if (value := values.pop(name)) is not None}

@@ -29,11 +29,21 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def training_rates(configs: dict[str, TrainConfig], data: ImageData, device: torch.device) -> dict[str, float]:
-    """Training images per second of each config, timed over whole steps: the median of ROUNDS rounds."""
-    data = data.to(device)
-    steps = {name: train_step(config, data, device) for name, config in configs.items()}
-    rounds = in_turn(steps, device)
-    return {name: configs[name].batch_size / statistics.median(rounds[name]) for name in configs}
+    """Training images per second of each config, timed over whole steps: the median of ROUNDS rounds.
+
+    A config with `coarse_first` is timed in both parts of its run, and the seconds of a step are the mean over the run.
+    """
+    data, steps = data.to(device), {}
+    for name, config in configs.items():
+        step = train_step(config, data, device).func
+        # where the parts begin; without a coarse one both are the start
+        steps |= {(name, progress): partial(step, progress) for progress in (0, config.coarse_first)}
+    seconds = {part: statistics.median(rounds) for part, rounds in in_turn(steps, device).items()}
+    rates = {}
+    for name, config in configs.items():
+        coarse = config.coarse_first
+        rates[name] = config.batch_size / (coarse * seconds[name, 0] + (1 - coarse) * seconds[name, coarse])
+    return rates
 
 
 def in_turn(
@@ -74,14 +84,14 @@ def train_step(
     *,
     processes: Processes | None = None,
     change: Callable[..., object] | None = None,
-) -> Callable[[], float]:
+) -> partial[float]:
     """A function that trains a new model by one step, as the training loop does; a GPU may still be busy afterwards.
 
-    change: applied to the model before its first step.
+    It takes all ODE steps of the model, as at the end of a run. change: applied to the model before its first step.
     """
     make_reproducible(device)
     scheduler, state = untrained(config, data, device)
     if change is not None:
         change(state.model)
     step = TrainStep(config, data, scheduler, state, processes or Processes(device))
-    return partial(step, 0.0)
+    return partial(step, config.coarse_first)  # where a coarse part has just ended

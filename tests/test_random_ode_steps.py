@@ -21,7 +21,9 @@ from training.step import TrainStep
 from training.validation import held_out_loss
 
 DIGITS = load_images("digits", "data")
-CONFIG = TrainConfig(dataset="digits", batch_size=8, device="cpu", precision="fp32", compile="off", timesteps=40)
+CONFIG = TrainConfig(
+    dataset="digits", coarse_first=0, batch_size=8, device="cpu", precision="fp32", compile="off", timesteps=40
+)
 CPU = torch.device("cpu")
 
 

@@ -67,4 +67,5 @@ def is_long(config: TrainConfig, model: Denoiser, data: ImageData, device: str) 
         return (config.minutes or 0) >= times * LONG_MINUTES[device]
     if device == "cuda":
         return steps >= LONG_STEPS
-    return steps * config.batch_size * training_multiply_adds(model, data.shape) >= times * LONG_WORK
+    per_image = training_multiply_adds(model, data.shape, config.coarse_first)
+    return steps * config.batch_size * per_image >= times * LONG_WORK

@@ -4,8 +4,11 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from choices import WITHOUT_ODE
+
 MOST_CLASSES = 100  # that a run learns unless it is told otherwise; each has a vector of its own
-BEFORE_THE_FLAG = {"optimizer": "adamw"}  # a record without an optimizer is from the time when all used AdamW
+# what older records, which lack these values, were trained with
+BEFORE_THE_FLAG = {"optimizer": "adamw", "coarse_first": 0}
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,7 @@ class TrainConfig:
 
     model: str = "true"
     model_config: dict = field(default_factory=dict)  # further arguments of the network
+    coarse_first: float = 0  # the share of the run with half of the ODE steps; always 0 for a model without an ODE
     class_conditional: bool | None = None  # None: if the set has from 2 to MOST_CLASSES classes
     mirror: bool = True  # half of the images, in sets where left and right may be exchanged
     dataset: str = "cifar10"
@@ -46,6 +50,8 @@ class TrainConfig:
         for name in ("data_dir", "output_dir", "init"):  # a Path is kept as text, as in config.json
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
+        if self.model in WITHOUT_ODE:
+            object.__setattr__(self, "coarse_first", 0)
 
     def total_steps(self, num_images: int) -> int | None:
         """Optimizer steps of the run on a set of `num_images`; None if the run is bounded by minutes."""

@@ -59,7 +59,8 @@ class TrainStep:
         part |= {"rank": self.processes.rank, "world_size": self.processes.world_size}
         batch = training_batch(self.data, self.scheduler.draw_timesteps, device=device, **part)
         memory = [memory_noise(self.data.shape, **part).to(device)] if self.remembers else []
-        state.model.draw_steps(random_generator("cpu", config.seed, state.step, stream=3))
+        random = random_generator("cpu", config.seed, state.step, stream=3)
+        state.model.draw_steps(random, coarse=progress < config.coarse_first)
         loss = self.gradient(batch, *memory)
         lr = learning_rate(config.lr, state.step, progress)
         for group in state.optimizer.param_groups:

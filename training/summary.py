@@ -36,9 +36,11 @@ def description(config: TrainConfig, data: ImageData, model: Denoiser, processes
         how += kernels_used(config)
     knows = f", {len(data.classes)} classes" if config.class_conditional else ""
     size = f"{count_parameters(model):,} parameters, {macs:,} multiply-adds per forward pass"
+    coarse = f"ode      half of its steps in the first {100 * config.coarse_first:g} % of the run, then all of them"
     lines = [
         f"device   {where}, {', '.join(how)}",
         f"model    {config.model}{knows}: {size}",
+        *([coarse] if config.coarse_first else []),
         f"data     {config.dataset}: {len(data.train):,} images {shape}, {len(data.held_out):,} held out",
         *([f"classes  {listed(data.images_per_class())}"] if config.dataset == "folder" else []),
         *(f"note     {note}" for note in data.notes),

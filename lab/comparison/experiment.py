@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from choices import ARMS
+from choices import ARM_TRAINING, ARMS
 from images.datasets import ImageData
 from lab.classifier.network import Classifier
 from lab.comparison.verdict import Cost, Point, Result
@@ -79,6 +79,7 @@ def arm_config(s: argparse.Namespace, arm: str) -> TrainConfig:
         compile="on" if s.compile else "off",
         epochs=None,
         draw_grids=False,
+        **ARM_TRAINING.get(arm, {}),
     )
 
 

@@ -101,7 +101,8 @@ def arm_costs(s: argparse.Namespace, data: ImageData, folder: Path) -> dict[str,
                 plain = training_rates(missing, data, device)
     for arm, config in missing.items():
         network = build_model(config.model, **model_metadata(config, data)["model_config"])
-        forward, training = multiply_adds(network, data.shape), training_multiply_adds(network, data.shape)
+        forward = multiply_adds(network, data.shape)
+        training = training_multiply_adds(network, data.shape, config.coarse_first)
         costs[arm] = Cost(arm, count_parameters(network), forward, training, rates[arm], machine, plain[arm])
     save_rows(list(costs.values()), table)
     return costs
