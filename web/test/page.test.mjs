@@ -272,6 +272,7 @@ describe('the page', { skip: CHROMIUM ? false : 'needs Chromium (Debian: apt-get
       [(name, bytes) => (name.endsWith('models.json') ? null : bytes), /models\.json/],
       [(name, bytes) => (name.endsWith('.wasm') ? bytes.subarray(0, 1000) : bytes), /could not be loaded/],
       [(name, bytes) => (name === 'worker.js' ? null : bytes), /could not start/],
+      [(name, bytes) => (name === 'app.js' ? null : bytes), /app\.js, could not be loaded/],
     ];
     for (const [change, sentence] of cases) {
       const from = await serve(change);
