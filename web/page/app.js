@@ -1,7 +1,7 @@
 // The page: its controls, the pictures, and what the worker tells. The drawing itself is in worker.js.
 
 import { Inside } from './inside.js';
-import { CELLS, Model } from './model.js';
+import { CELLS, cost } from './model.js';
 import { Picture, partMask, savePictures } from './pictures.js';
 import { COUNT, defaults, fromLink, toLink, trained, within } from './settings.js';
 
@@ -72,9 +72,8 @@ const tells = {
     about = message.about;
     const { parameters, classes, shape } = about;
     const size = `${shape[2]}x${shape[1]}`;
-    $('pictures-caption').textContent = about.ode
-      ? `The liquid (true): ${parameters.toLocaleString('en')} parameters, ${size} pixels.`
-      : `A plain CNN (inspired): ${parameters.toLocaleString('en')} parameters, ${size} pixels.`;
+    const network = about.ode ? `The liquid (${about.model})` : `A network without an ODE (${about.model})`;
+    $('pictures-caption').textContent = `${network}: ${parameters.toLocaleString('en')} parameters, ${size} pixels.`;
     const name = (i) => (classes.length ? settings.class || classes[i % classes.length] : '');
     for (const list of [own, other]) list.forEach((picture, i) => picture.name(i + 1, name(i)));
     $('inside').hidden = !about.ode;
@@ -195,7 +194,7 @@ function show() {
 function showCost() {
   if (!about) return;
   const isLiquid = Boolean(about.ode);
-  const call = Model.prototype.cost.call({ about, isLiquid }, settings);
+  const call = cost(about, settings);
   const both = about.classes.length && settings.guidance !== 1 ? 2 : 1;
   const millions = (value) =>
     `${(value / 1e6).toLocaleString('en', { maximumFractionDigits: 1 })} million multiply-adds`;
@@ -210,6 +209,7 @@ function showCost() {
 /** Another model: what it starts with, and its classes. */
 async function choose(name, wanted = {}) {
   const answer = await fetch(`models/${name}/model.json`).catch(() => null);
+  drawing += 1; // what is still being drawn is no longer wanted
   about = answer?.ok ? await answer.json().catch(() => null) : null;
   if (!about) {
     problem(`The network ${name} could not be loaded: models/${name}/model.json is missing or damaged.`);

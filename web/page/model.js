@@ -117,16 +117,15 @@ export class Model {
     const k4 = await slope(filled(size, (i) => h[i] + k1[i] - k2[i] + k3[i]));
     return filled(size, (i) => h[i] + (k1[i] + 3 * (k2[i] + k3[i]) + k4[i]) / 8);
   }
+}
 
-  /** Multiply-adds of a network call for one picture. */
-  cost(ode) {
-    const { about } = this;
-    if (!this.isLiquid) return about.multiply_adds;
-    let total = about.multiply_adds;
-    for (const [i, { steps, step_multiply_adds: each }] of Object.values(about.ode.cells).entries()) {
-      const free = ode.solver in FRACTION ? 1 : 0; // the first step from zeros
-      total += each * (EVALUATIONS[ode.solver] * ode.steps[i] - free - (steps - 1));
-    }
-    return total;
+/** Multiply-adds of a network call for one picture, by a model that model.json is about. */
+export function cost(about, ode) {
+  if (!about.ode) return about.multiply_adds;
+  let total = about.multiply_adds;
+  for (const [i, { steps, step_multiply_adds: each }] of Object.values(about.ode.cells).entries()) {
+    const free = ode.solver in FRACTION ? 1 : 0; // the first step from zeros
+    total += each * (EVALUATIONS[ode.solver] * ode.steps[i] - free - (steps - 1));
   }
+  return total;
 }
