@@ -16,8 +16,7 @@ from pathlib import Path
 from runtime.command_line import Parser, file_or_folder, run, slow_imports
 from runtime.errors import UserError
 from runtime.files import check_writable
-from sample import PUBLISHED
-from training.run_folder import MODEL_FILE, check_not_own, weights_file
+from training.run_folder import MODEL_FILE, PUBLISHED, check_not_own, weights_file
 
 
 def parser() -> Parser:

@@ -18,9 +18,7 @@ from lab.predictions import add_prediction_flags
 from runtime.command_line import Parser, file_or_folder, integer, number, run, slow_imports
 from runtime.errors import UserError
 from runtime.files import check_distinct, check_writable, output_file
-from training.run_folder import check_not_own, weights_file
-
-PUBLISHED = Path(__file__).parent / "pretrained" / "true-cifar10.safetensors"
+from training.run_folder import PUBLISHED, check_not_own, weights_file
 
 
 def parser() -> Parser:

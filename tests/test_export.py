@@ -24,8 +24,8 @@ from choices import GUIDANCE
 from diffusion import image_noise, sample_images
 from lab.export import files
 from models import build_model, complete_config, multiply_adds
-from sample import PUBLISHED
 from training.checkpoint import load_model, save_model
+from training.run_folder import PUBLISHED
 
 # name -> the model, its own config, and what else its file tells; together they have each way of telling it
 RGB = {"shape": [3, 16, 16]}

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "evaluate": {"choices", "lab", "training", "runtime"},
     "compare": {"choices", "lab", "training", "images", "runtime"},
     "benchmark": {"choices", "lab", "runtime"},
-    "export": {"lab", "runtime", "sample", "training"},
+    "export": {"lab", "runtime", "training"},
 }
 
 

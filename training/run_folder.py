@@ -14,6 +14,7 @@ from typing import Any
 
 from runtime.errors import UserError, reason
 
+PUBLISHED = Path(__file__).parent.parent / "pretrained" / "true-cifar10.safetensors"  # where no run is named
 MODEL_FILE, RESUME_FILE, CONFIG_FILE = "model.safetensors", "checkpoint.pt", "config.json"
 # what other commands may not write over: by the file that tells whose folder it is
 OWN_FILES = {
