@@ -29,7 +29,7 @@ test: check
 
 test-web: web/dist/index.html
 	cd web && npx prettier --check .
-	cd web && PYTHON=$(abspath $(VENV))/bin/python node --test --test-concurrency=1 test/
+	cd web && PYTHON=$(abspath $(VENV))/bin/python node --test --test-reporter=spec --test-concurrency=1 test/
 
 web/dist/index.html: $(EXPORTED) $(wildcard web/page/*) web/build.mjs web/node_modules/.package-lock.json
 	node web/build.mjs
