@@ -31,6 +31,14 @@ item benchmark 480 "$python" benchmark.py --device cuda --batch-size 512 --secon
 item million 120 "$python" train.py --device cuda --dataset digits --image-size 32 --batch-size 2048 --steps 490 \
     --compile on --sample-every 490 --output-dir runs/gpu-million
 if [ -n "${DATA_DIR:-}" ]; then
+    # the published model, for as many images as there is time
+    item long 420 "$python" train.py --device cuda --dataset folder --data-dir "$DATA_DIR" --channels 24 24 32 \
+        --ode-steps 8 6 7 --random-ode-steps --batch-size 512 --minutes 6 --precision bf16 --compile on \
+        --sample-every 100000 --output-dir runs/gpu-long
+    # the U-Net that draws as well, beside results/pictures
+    item pictures-150k 480 "$python" compare.py --arms unet:150k --reference unet:150k --class-conditional --lrs 4e-3 \
+        --precision bf16 --compile --jobs 3 --device cuda --num-images 1000 --dataset folder --data-dir "$DATA_DIR" \
+        --output-dir comparisons/pictures-150k
     # the rungs above 150k at the length of three epochs: where the ratio of parameters would be read
     for arm in unet:600k unet:2.4m; do
         item "three-epochs-${arm#unet:}" 480 "$python" compare.py --arms $arm --reference $arm --lrs 2e-3 4e-3 \
