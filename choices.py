@@ -18,7 +18,9 @@ SCHEDULES = ("linear", "cosine")
 PREDICTION_TYPES = ("eps", "v", "edm")
 SAMPLERS = ("ddpm", "ddim", "dpmpp")
 
-GUIDANCE = 3.0  # of class-conditional models, unless a flag says otherwise: the least FD of the published one (LOG.md)
+# How images are drawn unless a flag says otherwise: the least FD of the published model (LOG.md). Guidance acts in this
+# share of the timesteps, from the clean end; every predicted eps is divided by EPS_SCALE.
+GUIDANCE, GUIDED_SHARE, EPS_SCALE = 4.0, 0.6, 1.01
 
 # the liquid model's ODE
 STEP_SOLVERS = ("euler", "semi-implicit", "exponential")

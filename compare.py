@@ -17,17 +17,18 @@ import argparse
 import json
 from pathlib import Path
 
-from choices import ARMS, DATASETS, DEVICES, GUIDANCE, OPTIMIZERS, PREDICTION_TYPES, SCHEDULES, SHOWN
+from choices import ARMS, DATASETS, DEVICES, GUIDANCE, GUIDED_SHARE, OPTIMIZERS, PREDICTION_TYPES, SCHEDULES, SHOWN
 from images.sides import image_size
+from lab.predictions import add_guidance_flags
 from runtime.command_line import Parser, file_or_folder, integer, number, parsed_by, run, slow_imports, spelled
 from runtime.errors import UserError, reason
 from runtime.files import check_folder, check_writable
 from training.config import BEFORE_THE_FLAG, TrainConfig
 
 BUDGETS = ("images", "flops", "seconds")
-# flags that a repeated command may change; the last three only while no FD was measured with others
+# flags that a repeated command may change; the second line only while no FD was measured with others
 CHANGEABLE = {"arms", "seeds", "reference", "jobs", "device", "data_dir", "output_dir"}
-CHANGEABLE |= {"num_images", "guidance", "classifier"}
+CHANGEABLE |= {"num_images", "guidance", "guided_share", "eps_scale", "classifier"}
 
 
 def parser() -> Parser:
@@ -82,9 +83,7 @@ def parser() -> Parser:
     add("--num-images", type=integer(0, 10**6, "no figure gets better with more"), default=2000,
         help="how many images to draw with the final weights of each training run, for FD and KID in the features of a "
         "classifier; DPM-Solver++ draws them in 50 steps, or fewer if there are fewer timesteps; 0 draws none")
-    add("--guidance", type=number(0, 100, "more saturates every pixel"),
-        help="with --class-conditional: how strongly what is drawn follows the class; 1 is the model itself, which "
-        f"takes half the time (default: {GUIDANCE:g})")
+    add_guidance_flags(add)
     add("--classifier", type=file_or_folder, metavar="FILE",
         help="the classifier, which python -m lab.classifier trains (default: the published one of these classes, if "
         "there is one)")
@@ -104,6 +103,8 @@ def main() -> None:
         raise UserError("--guidance: models without classes have none; add --class-conditional")
     if s.guidance is None:
         s.guidance = GUIDANCE if s.class_conditional else 1.0
+    if s.guided_share is None:
+        s.guided_share = GUIDED_SHARE if s.class_conditional else 1.0
     if s.classifier is not None and not Path(s.classifier).is_file():
         raise UserError(f"--classifier: {s.classifier}: no such file")
     s.arms, s.lrs = list(dict.fromkeys(s.arms)), sorted(set(s.lrs))

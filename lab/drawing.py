@@ -126,7 +126,7 @@ def load_all(checkpoints: list[str]) -> dict[str, Drawn]:
 
 def sampling_options(args: argparse.Namespace) -> dict:
     """What the flags say of how to go from noise to image, as `sample_images` takes it."""
-    return {name: getattr(args, name) for name in ("sampler", "steps", "eta", "seed")}
+    return {name: getattr(args, name) for name in ("sampler", "steps", "eta", "seed", "eps_scale")}
 
 
 def draw(

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from choices import GUIDANCE
+from choices import EPS_SCALE, GUIDANCE, GUIDED_SHARE
 from runtime.command_line import integer, number
 from runtime.errors import UserError, user_errors
 
@@ -15,18 +15,32 @@ if TYPE_CHECKING:
 NOISY = 0.25  # from this fraction of the timesteps on, half the ODE steps drew as well as all (LOG.md)
 
 
-def add_prediction_flags(add: Callable[..., argparse.Action]) -> None:
-    """Add the flags by `ArgumentParser.add_argument`."""
-    weight = number(0, 100, "more saturates every pixel")
-    steps = integer(1, 1000, "more change nothing but the time")
-    cells = ("GLOBAL", "LOCAL", "DETAIL")
+WEIGHT = number(0, 100, "more saturates every pixel")
+
+
+def add_guidance_flags(add: Callable[..., argparse.Action]) -> None:
+    """Add those flags that suit every model, by `ArgumentParser.add_argument`."""
     # fmt: off
-    add("--guidance", type=weight,
+    add("--guidance", type=WEIGHT,
         help="how strongly a class-conditional model follows the class: 1 is the model itself, more shows the class "
         f"more clearly, with less variety (default: {GUIDANCE:g})")
-    add("--autoguidance", type=weight,
+    add("--guided-share", type=number(0, 1, "1 is all of them"),
+        help="the share of the timesteps in which guidance acts, counted from the clean image; where noise is higher, "
+        f"it would make all images of a class alike (default: {GUIDED_SHARE:g})")
+    add("--eps-scale", type=number(0.5, 2, "the images would be noise"), default=EPS_SCALE,
+        help="divide the predicted noise by this number: a little above 1 gives crisper images, 1 is the model itself")
+    # fmt: on
+
+
+def add_prediction_flags(add: Callable[..., argparse.Action]) -> None:
+    """Add all flags, by `ArgumentParser.add_argument`."""
+    steps = integer(1, 1000, "more change nothing but the time")
+    cells = ("GLOBAL", "LOCAL", "DETAIL")
+    add_guidance_flags(add)
+    # fmt: off
+    add("--autoguidance", type=WEIGHT,
         help="let a true liquid model guide itself, in place of --guidance: away from what it predicts with fewer ODE "
-        "steps and without the class; 1 is the model itself")
+        "steps and without the class; 1 is the model itself; acts at all timesteps unless --guided-share is given")
     add("--coarse-steps", type=steps, nargs=3, metavar=cells,
         help="ODE steps of the three cells for --autoguidance (default: half of those of the model, rounded up)")
     add("--noisy-ode-steps", type=steps, nargs=3, metavar=cells,
@@ -45,10 +59,12 @@ def guidance_asked(args: argparse.Namespace, model: "Denoiser") -> "Guidance":
         if args.guidance is not None:
             raise UserError("--autoguidance: takes the place of --guidance; give one of the two")
         coarse = with_steps("--autoguidance", model, args.coarse_steps)
-        return Guidance(args.autoguidance, coarse)
+        return Guidance(args.autoguidance, coarse, (0.0, 1.0 if args.guided_share is None else args.guided_share))
     if args.guidance not in (None, 1) and not model.num_classes:
         raise UserError("--guidance: this model has no classes; train.py --class-conditional learns them")
-    return Guidance((GUIDANCE if model.num_classes else 1.0) if args.guidance is None else args.guidance)
+    usual = Guidance.usual(model)
+    weight = usual.weight if args.guidance is None else args.guidance
+    return Guidance(weight, between=usual.between if args.guided_share is None else (0.0, args.guided_share))
 
 
 def denoiser_asked(args: argparse.Namespace, model: "Denoiser", scheduler: "DDPMScheduler") -> "Denoiser":

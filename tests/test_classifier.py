@@ -12,7 +12,8 @@ from scipy import linalg
 
 import evaluate
 import sample
-from diffusion import sample_images
+from choices import EPS_SCALE, GUIDED_SHARE
+from diffusion import Guidance, sample_images
 from images.batches import held_out_bank
 from images.datasets import ImageData, load_images
 from lab.classifier import __main__ as command
@@ -188,7 +189,8 @@ def test_evaluate_says_the_figures_of_the_samples_that_it_drew(of_digits, short_
     assert code == 0, err
     found = json.loads((tmp_path / "a.json").read_text())["classifier"]
     model, scheduler, config = load_model(short_digits_run)
-    samples = ((sample_images(model, scheduler, config["shape"], 20, steps=3) + 1) * 127.5).round().byte()
+    drawn = sample_images(model, scheduler, config["shape"], 20, steps=3, eps_scale=EPS_SCALE)
+    samples = ((drawn + 1) * 127.5).round().byte()
     x, y = (
         read(load_classifier(of_digits[0])[0], images)[0].double().numpy()
         for images in (samples, load_images("digits", "unused").held_out)
@@ -228,7 +230,8 @@ def test_guidance_changes_the_samples_of_a_model_with_classes_and_is_refused_for
         assert report["sampling"]["guidance"] == report["classifier"]["samples"]["guidance"] == guidance
         model, scheduler, _ = load_model(short_class_run)
         asked = torch.arange(20) % 2
-        drawn = sample_images(model, scheduler, (3, 16, 16), 20, steps=3, labels=asked, guidance=float(guidance))
+        how = {"guidance": Guidance(guidance, between=(0.0, GUIDED_SHARE)), "eps_scale": EPS_SCALE}
+        drawn = sample_images(model, scheduler, (3, 16, 16), 20, steps=3, labels=asked, **how)
         share = (read(load_classifier(path)[0], ((drawn + 1) * 127.5).round().byte())[1].argmax(1) == asked).double()
         assert report["classifier"]["recognised"]["value"] == pytest.approx(share.mean().item())
         assert "  recognised" in out

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers import DDPMScheduler as DiffusersDDPMScheduler
 
-from choices import PREDICTION_TYPES
+from choices import GUIDANCE, PREDICTION_TYPES
 from diffusion import (
     ByNoise,
     DDPMScheduler,
@@ -364,6 +364,32 @@ def test_a_guide_is_led_away_from_where_guidance_acts_and_nowhere_else():
         _, eps, _ = denoise(x, t, None)
         inside = 3 <= t < 7
         assert torch.allclose(eps, 2.5 * (x + asked) - 1.5 * (0.5 * x + 3) if inside else x + asked, atol=1e-5)
+
+
+def test_the_usual_guidance_acts_in_a_share_of_the_timesteps_and_its_calls_are_counted():
+    model = Denoiser()
+    model.num_classes = 2
+    usual = Guidance.usual(model)
+    assert usual.weight == GUIDANCE and usual.calls([399, 240, 239, 0, -1], 400) == 2 * 2 + 2
+    assert Guidance().calls([399, 0, -1], 400) == 2
+    model.num_classes = 0
+    assert Guidance.usual(model) == Guidance()
+
+
+@pytest.mark.parametrize("prediction_type", ["eps", "v", "edm"])
+def test_a_scaled_eps_is_that_of_the_model_divided(prediction_type, values):
+    """Epsilon scaling, Ning et al. 2024, eq. 13; x_0 and eps still make up x_t."""
+    scheduler = DDPMScheduler(400, "linear", prediction_type)
+    x, output, _ = values
+    for t in (0, 100, 399):
+        (_, plain, _), (x_0, eps, _) = (
+            denoiser(Recorded(output), scheduler, clip=False, eps_scale=scale)(x, t, None) for scale in (1.0, 1.25)
+        )
+        torch.testing.assert_close(eps, plain / 1.25)
+        alpha, sigma = scheduler.level(t)
+        torch.testing.assert_close(alpha * x_0 + sigma * eps, x)
+    clipped, _, _ = denoiser(Recorded(output), scheduler, eps_scale=1.25)(x, 399, None)
+    assert clipped.abs().max() <= 1
 
 
 def test_guidance_without_classes_needs_a_guide():

@@ -12,7 +12,7 @@ from conftest import FEW_DRAWN, call, run_forked, short_run
 from PIL import Image
 
 import evaluate
-from choices import GUIDANCE
+from choices import EPS_SCALE
 from diffusion import ByNoise, DDPMScheduler, Guidance, sample_images
 from images.batches import held_out_bank, to_float
 from images.datasets import load_images
@@ -82,7 +82,7 @@ def test_the_distances_are_those_of_the_same_samples(short_digits_run, digits_re
     data = load_images("digits", "unused")
     report = digits_report[0]
     found = report["sliced_wasserstein"]
-    samples = sample_images(model, scheduler, config["shape"], 20, steps=3)
+    samples = sample_images(model, scheduler, config["shape"], 20, steps=3, eps_scale=EPS_SCALE)
     samples = ((samples.numpy() + 1) / 2 * 255).round().astype(np.uint8)
     assert found["n"] == 20 and list(found["value"]) == ["8"]
     shuffled = torch.randperm(36, generator=torch.Generator().manual_seed(0))
@@ -123,6 +123,7 @@ def test_the_report_says_what_everything_is(short_digits_run, digits_report):
     for name in figures:
         assert {"value", "unit", "n"} <= report[name].keys(), name
     drawn = {"sampler": "dpmpp", "steps": 3, "seed": 0, "classes": "unconditional", "guidance": 1}
+    drawn |= {"guided_share": 1, "eps_scale": EPS_SCALE}
     for name in ("sliced_wasserstein", "nearest_training_images", "classifier", "fid", "kid"):
         assert report[name]["samples"] == drawn
     speed = report["sampling"]
@@ -199,7 +200,8 @@ def test_a_model_with_classes_is_told_them_in_turns_and_measured_by_them(short_c
     truth = held_out_loss(model, scheduler, bank)
     assert report["eps_mse"]["value"] == pytest.approx(truth, rel=1e-5)
     labels = torch.arange(20) % 2
-    samples = sample_images(model, scheduler, (3, 16, 16), 20, steps=3, labels=labels, guidance=GUIDANCE)
+    how = {"steps": 3, "labels": labels, "guidance": Guidance.usual(model), "eps_scale": EPS_SCALE}
+    samples = sample_images(model, scheduler, (3, 16, 16), 20, **how)
     samples = ((samples + 1) * 127.5).round().byte()
     distances = nearest(samples[:16], data.train, 1, mirror=True).distance[:, 0]
     assert report["nearest_training_images"]["distances"] == pytest.approx(distances.tolist(), abs=0.05)
@@ -222,7 +224,8 @@ def test_a_measured_fid_is_labelled(short_digits_run, stand_in, small_bank, monk
     monkeypatch.setattr(procedure, "inception_weights", lambda: tmp_path / "weights.pth")
     report, out = measured("--checkpoint", short_digits_run, "--fid", "--bound-images", 2, output=tmp_path / "a.json")
     model, scheduler, config = load_model(short_digits_run)
-    samples = ((sample_images(model, scheduler, config["shape"], 20, steps=3) + 1) * 127.5).round().byte()
+    drawn = sample_images(model, scheduler, config["shape"], 20, steps=3, eps_scale=EPS_SCALE)
+    samples = ((drawn + 1) * 127.5).round().byte()
     data = load_images("digits", "unused")
     again = inception.inception_distances(samples, data.train, "unused", device=torch.device("cpu"))
     assert (report["fid"]["value"], report["kid"]["value"]) == pytest.approx((again["fid"], again["kid"]), rel=1e-3)

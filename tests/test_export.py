@@ -20,8 +20,8 @@ from conftest import ROOT, call
 from PIL import Image
 
 import export
-from choices import GUIDANCE
-from diffusion import image_noise, sample_images
+from choices import EPS_SCALE
+from diffusion import Guidance, image_noise, sample_images
 from lab.export import files
 from models import build_model, complete_config, multiply_adds
 from training.checkpoint import load_model, save_model
@@ -79,11 +79,11 @@ def exported(tmp_path_factory):
 
 
 def drawn_by_both(one, count: int = 3, steps: int = 14, **ode) -> tuple[np.ndarray, np.ndarray]:
-    """The images that torch and the files draw, from the same noise and with the guidance that sample.py has."""
+    """The images that torch and the files draw, from the same noise and as sample.py draws."""
     noise = image_noise(range(7, 7 + count), one.shape, "cpu")()
     labels = torch.arange(count) % one.torch.num_classes if one.torch.num_classes else None
-    guidance = {} if labels is None else {"labels": labels, "guidance": GUIDANCE}
-    expected = sample_images(one.torch, one.scheduler, one.shape, count, steps=steps, seed=7, **guidance).numpy()
+    how = {"labels": labels, "guidance": Guidance.usual(one.torch), "eps_scale": EPS_SCALE}
+    expected = sample_images(one.torch, one.scheduler, one.shape, count, steps=steps, seed=7, **how).numpy()
     drawn = one.example.draw(one.onnx, noise.numpy(), None if labels is None else labels.numpy(), steps, **ode)
     assert drawn.dtype == np.float32 and drawn.shape == expected.shape
     return expected, drawn
@@ -156,7 +156,8 @@ def test_the_description_is_that_of_the_model(name, exported):
     assert (about["timesteps"], about["shape"]) == (one.scheduler.num_timesteps, list(one.shape))
     assert all(about[key] == one.config[key] for key in ("model", "dataset", "schedule", "prediction_type"))
     assert about["classes"] == (one.config["classes"] if classes else [])
-    assert (about["no_class"], about["guidance"]) == (classes, GUIDANCE if classes else 1)
+    usual = Guidance.usual(one.torch)
+    assert (about["no_class"], about["guidance"], about["guided_share"]) == (classes, usual.weight, usual.between[1])
     assert about["multiply_adds"] == multiply_adds(one.torch, one.shape)
     assert ("ode" in about) == (name in ("published", "true"))
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import sample
 from baselines import MemoryLiquid, UntiedLiquid
-from choices import GUIDANCE, SAMPLERS, SOLVERS
+from choices import EPS_SCALE, GUIDANCE, GUIDED_SHARE, SAMPLERS, SOLVERS
 from diffusion import ByNoise, Guidance, sample_images
 from images.pictures import save_grid
 from lab.predictions import with_steps
@@ -70,7 +70,7 @@ def test_a_run_and_its_file_give_the_same_bytes_in_a_folder_that_is_made(digits_
 
 def test_the_grid_holds_each_image_in_its_place(digits_run, tmp_path):
     model, scheduler, config = load_model(digits_run)
-    images = sample_images(model, scheduler, config["shape"], 4, steps=4)
+    images = sample_images(model, scheduler, config["shape"], 4, steps=4, eps_scale=EPS_SCALE)
     grid = draw(digits_run, tmp_path)
     zoom, cell = 8, 9  # 8 pixels become 64; a border of one pixel stands between two images
     assert grid.shape == ((2 * cell + 1) * zoom, (2 * cell + 1) * zoom, 3)
@@ -121,7 +121,9 @@ def test_the_defaults_are_the_solver_and_steps_of_the_training(digits_run, tmp_p
 
 
 def test_a_gif_shows_every_denoising_step_and_ends_with_the_picture(digits_run, tmp_path):
-    picture = draw(digits_run, tmp_path, "--gif", tmp_path / "new" / "a.gif", "--batch-size", 3, "--steps", 6)
+    # with a scaled eps the first x_0 of this short run are all black or white
+    options = ["--batch-size", 3, "--steps", 6, "--eps-scale", 1]
+    picture = draw(digits_run, tmp_path, "--gif", tmp_path / "new" / "a.gif", *options)
     with Image.open(tmp_path / "new" / "a.gif") as gif:
         assert gif.n_frames == 6
         gif.seek(0)
@@ -145,14 +147,22 @@ def test_classes_by_name_or_number_take_turns(class_run, tmp_path):
     assert np.array_equal(in_turns, draw(class_run, tmp_path))  # all classes by default
 
 
-def test_guidance_acts_and_one_is_none(class_run, tmp_path):
-    usual, plain = (draw(class_run, tmp_path, "--classes", "dogs", *g) for g in ([], ["--guidance", 1]))
-    assert np.array_equal(usual, draw(class_run, tmp_path, "--classes", "dogs", "--guidance", GUIDANCE))
-    assert not np.array_equal(usual, plain)
-    pushed = draw(class_run, tmp_path, "--classes", "dogs", "--guidance", 4)
-    nobody = [draw(class_run, tmp_path, "--classes", name, "--guidance", 0) for name in ("dogs", "cats")]
-    assert not np.array_equal(plain, pushed)
+def test_guidance_acts_in_its_share_of_the_timesteps_and_one_is_none(class_run, tmp_path):
+    def drawn(*options, classes="dogs"):
+        return draw(class_run, tmp_path, "--classes", classes, "--eps-scale", 1, *options)
+
+    usual, plain, pushed = drawn(), drawn("--guidance", 1), drawn("--guidance", GUIDANCE + 1)
+    assert np.array_equal(usual, drawn("--guidance", GUIDANCE, "--guided-share", GUIDED_SHARE))
+    assert np.array_equal(plain, drawn("--guided-share", 0))
+    everywhere = drawn("--guided-share", 1)
+    assert len({picture.tobytes() for picture in (usual, plain, pushed, everywhere)}) == 4
+    nobody = [drawn("--guidance", 0, "--guided-share", 1, classes=name) for name in ("dogs", "cats")]
     assert np.array_equal(*nobody)  # guidance 0 leaves the class out
+
+
+def test_the_scale_of_eps_acts(class_run, tmp_path):
+    pictures = [draw(class_run, tmp_path, *scale) for scale in ([], ["--eps-scale", EPS_SCALE], ["--eps-scale", 1])]
+    assert np.array_equal(*pictures[:2]) and not np.array_equal(*pictures[1:])
 
 
 def test_a_coarser_integration_of_the_same_weights_guides(class_run, digits_run, tmp_path):
@@ -164,7 +174,7 @@ def test_a_coarser_integration_of_the_same_weights_guides(class_run, digits_run,
             drawn = draw(run, tmp_path, "--autoguidance", 3, *given)
             coarse = load_model(run)[0]
             coarse.set_solver(ode_steps=steps)
-            options = {"steps": 4, "labels": labels, "guidance": Guidance(3, coarse)}
+            options = {"steps": 4, "labels": labels, "guidance": Guidance(3, coarse), "eps_scale": EPS_SCALE}
             save_grid(sample_images(model, scheduler, config["shape"], 4, **options), tmp_path / "hand.png", names)
             assert np.array_equal(drawn, np.asarray(Image.open(tmp_path / "hand.png")))
             assert not np.array_equal(drawn, draw(run, tmp_path))
@@ -174,7 +184,9 @@ def test_fewer_ode_steps_are_taken_where_noise_is_high(digits_run, tmp_path):
     model, scheduler, config = load_model(digits_run)
     by_hand = ByNoise(model.with_steps((1, 2, 2)), model, 2)  # from a quarter of its 8 timesteps
     drawn = draw(digits_run, tmp_path, "--noisy-ode-steps", 1, 2, 2)
-    save_grid(sample_images(by_hand, scheduler, config["shape"], 4, steps=4), tmp_path / "hand.png")
+    save_grid(
+        sample_images(by_hand, scheduler, config["shape"], 4, steps=4, eps_scale=EPS_SCALE), tmp_path / "hand.png"
+    )
     assert np.array_equal(drawn, np.asarray(Image.open(tmp_path / "hand.png")))
     assert not np.array_equal(drawn, draw(digits_run, tmp_path))
 
@@ -212,6 +224,8 @@ BAD_VALUES = [
     ("--output", "grid.jpg"),
     ("--guidance", 2),
     ("--guidance", "inf"),
+    ("--guided-share", 1.1),
+    ("--eps-scale", 0),
     ("--classes", 3),
     ("--sampler", "euler"),
     ("--solver", "heun"),
@@ -255,9 +269,10 @@ def test_an_unknown_class_is_refused_with_those_there_are(class_run):
 
 def test_models_side_by_side_start_from_the_same_noise(digits_run, inspired_run, tmp_path):
     """Each half of the picture and of the last frame is what the model draws alone."""
-    alone = [draw(run, tmp_path) for run in (digits_run, inspired_run)]
+    alone = [draw(run, tmp_path, "--eps-scale", 1) for run in (digits_run, inspired_run)]
     code, out, err = call(
         sample, "--checkpoint", digits_run, inspired_run, "--num-images", 4, "--steps", 4, "--device", "cpu",
+        "--eps-scale", 1,
         "--output", tmp_path / "both.png", "--gif", tmp_path / "both.gif",
     )  # fmt: skip
     assert code == 0 and out.splitlines() == [str(tmp_path / "both.png"), str(tmp_path / "both.gif")], err

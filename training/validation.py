@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from choices import GUIDANCE
-from diffusion import DDPMScheduler, Denoiser, carries_state, sample_images
+from choices import EPS_SCALE
+from diffusion import DDPMScheduler, Denoiser, Guidance, carries_state, sample_images
 from images.batches import Batch
 from images.datasets import ImageData
 from images.pictures import class_columns
@@ -37,12 +37,11 @@ def held_out_loss(
 def sample_grid(model: Denoiser, scheduler: DDPMScheduler, data: ImageData) -> tuple[Tensor, list[str]]:
     """(images to look at during training, always from the same noise, the names of their grid's columns).
 
-    The classes take turns, with the usual guidance.
+    The classes take turns. They are drawn as `sample.py` draws.
     """
     columns = class_columns(data.classes) if model.num_classes else []
     count = GRID_ROWS * (len(columns) or GRID_ROWS)
     labels = torch.arange(count) % model.num_classes if model.num_classes else None
-    guidance = GUIDANCE if model.num_classes else 1.0
-    steps = min(50, scheduler.num_timesteps)
-    images = sample_images(model, scheduler, data.shape, count, steps=steps, labels=labels, guidance=guidance)
+    how = {"steps": min(50, scheduler.num_timesteps), "guidance": Guidance.usual(model), "eps_scale": EPS_SCALE}
+    images = sample_images(model, scheduler, data.shape, count, labels=labels, **how)
     return images, columns

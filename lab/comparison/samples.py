@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion import sample_images
+from diffusion import DDPMScheduler, Guidance, sample_images
 from images.batches import to_uint8
 from images.datasets import ImageData
 from lab.classifier.network import Classifier
@@ -28,8 +28,10 @@ from runtime.hardware import choose_device, make_reproducible, out_of_memory_nam
 from training.checkpoint import load_model
 from training.run_folder import MODEL_FILE, run_folders
 
-MOST_STEPS = 50  # network calls per image
+MOST_STEPS = 50  # timesteps that an image is drawn in
+FORMER = {"guided_share": 1.0, "eps_scale": 1.0}  # how a comparison drew that does not say it
 IN_PICTURE = 10  # images of each arm in grid.png
+HOW = ("guidance", "guided_share", "eps_scale")  # the flags that say how an arm draws
 
 
 def classifier_and_conditions(
@@ -41,13 +43,14 @@ def classifier_and_conditions(
     are to be measured. Raises UserError if the conditions are others than those of the FDs in the table, which can only
     be compared under the same.
     """
+    before = before and FORMER | before
     if s.num_images == 0:
         return "not asked for (--num-images 0)", before
     classifier, path = classifier_or_reason(s.classifier, data)
     if isinstance(classifier, str) or path is None:
         return classifier, before
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    now = {"num_images": s.num_images, "guidance": s.guidance, "classifier": digest}
+    now = {name: getattr(s, name) for name in ("num_images", *HOW)} | {"classifier": digest}
     for name, value in now.items() if with_figure(read_rows(Result, table), "fd") else ():
         if before.get(name, value) != value:
             others = f"FD and KID in {table} were measured with another"
@@ -66,9 +69,10 @@ def explanation(results: Sequence[Result], s: argparse.Namespace, conditions: di
         f"{min(MOST_STEPS, s.timesteps)} steps, from the noise of seeds 0 to {count - 1:,}"
     )
     if s.class_conditional:
-        text += f", of all classes in turns, with guidance {conditions['guidance']:g}; `recognised` is the share that "
-        text += "the classifier reads as the class asked for"
-    return f"\n{text}.\n"
+        guidance = f"guidance {conditions['guidance']:g} in {conditions['guided_share']:.0%} of the timesteps"
+        text += f", of all classes in turns, with {guidance}; `recognised` is the share that the classifier reads as "
+        text += "the class asked for"
+    return f"\n{text}. Each predicted eps is divided by {conditions['eps_scale']:g}.\n"
 
 
 def weights(experiment: Experiment, training: Training) -> Path | None:
@@ -84,8 +88,14 @@ def draw(
     model, scheduler, config = load_model(run)
     model.to(choose_device(experiment.settings.device)).to(memory_format=torch.channels_last)
     asked = torch.arange(count) % model.num_classes if model.num_classes else None
-    how = {"steps": min(MOST_STEPS, scheduler.num_timesteps), "guidance": experiment.settings.guidance}
+    s = experiment.settings
+    how = {"steps": min(MOST_STEPS, scheduler.num_timesteps), "guidance": guidance(s), "eps_scale": s.eps_scale}
     return sample_images(model, scheduler, config["shape"], count, labels=asked, on_step=on_step, **how), asked
+
+
+def guidance(s: argparse.Namespace) -> Guidance:
+    """What the flags say."""
+    return Guidance(s.guidance, between=(0.0, s.guided_share))
 
 
 def picture(experiment: Experiment, results: Sequence[Result]) -> dict[str, Tensor]:
@@ -99,7 +109,8 @@ def picture(experiment: Experiment, results: Sequence[Result]) -> dict[str, Tens
 def seconds(experiment: Experiment, arm: str) -> float:
     """About how long it takes to draw the samples of a training run; a forward pass is a third of a training step."""
     s = experiment.settings
-    calls = s.num_images * min(MOST_STEPS, s.timesteps) * (1 if s.guidance == 1 else 2)
+    timesteps = DDPMScheduler(s.timesteps).timesteps(min(MOST_STEPS, s.timesteps))
+    calls = s.num_images * guidance(s).calls(timesteps, s.timesteps)
     return calls / (3 * experiment.costs[arm].images_per_second)
 
 

@@ -32,7 +32,8 @@ from runtime.progress import progress_bar
 from training.validation import held_out_loss
 
 BINS = 10
-HOW_DRAWN = ("sampler", "steps", "seed", "classes", "guidance", "guide_ode_steps", "noisy_ode_steps")
+HOW_DRAWN = ("sampler", "steps", "seed", "classes", "guidance", "guided_share", "eps_scale")
+HOW_DRAWN += ("guide_ode_steps", "noisy_ode_steps")
 HELD_OUT_QUERIES = 256  # held-out images, whose distances from the training images those of samples are compared with
 
 
@@ -48,6 +49,7 @@ def evaluate(
     seed: int,
     batch_size: int,
     guidance: Guidance,
+    eps_scale: float,
     drawn_by: Denoiser,
     classifier: Classifier | str,
     inception: Path | str,
@@ -55,7 +57,7 @@ def evaluate(
     """(the report, a picture of 16 samples and their nearest training images: (256, C, H, W) in [-1, 1]).
 
     num_images: samples, at least 16. bound_images: held-out images for the variational bound. sampler, steps,
-    batch_size and guidance: as in `sample_images`. drawn_by: the model, or what else draws with its weights.
+    batch_size, guidance and eps_scale: as in `sample_images`. drawn_by: the model, or what else draws with its weights.
     classifier: of these images, or the reason why there is none.
     inception: the weights of the Inception network, or the reason why FID is not to be measured. The same seed gives
     the same figures, except for the speed. Raises RunFailed if the model's outputs are not finite.
@@ -66,7 +68,7 @@ def evaluate(
     report["variational_bound"] = bound(model, scheduler, data, bound_images, seed, batch_size)
     asked = torch.arange(num_images) % model.num_classes if model.num_classes else None
     samples, report["sampling"] = draw(
-        drawn_by, scheduler, data, num_images, sampler, steps, seed, batch_size, asked, guidance
+        drawn_by, scheduler, data, num_images, sampler, steps, seed, batch_size, asked, guidance, eps_scale
     )
     report["sliced_wasserstein"] = patch_distance(samples, data, device, seed)
     picture, report["nearest_training_images"] = neighbours(samples, data, seed)
@@ -205,6 +207,7 @@ def draw(
     batch_size: int,
     labels: Tensor | None,
     guidance: Guidance,
+    eps_scale: float,
 ) -> tuple[Tensor, Report]:
     """(uint8 samples (N, C, H, W), how and how fast they were drawn)."""
     with progress_bar(desc="sampling", total=num_images * steps, unit="call", unit_scale=True) as bar:
@@ -220,6 +223,7 @@ def draw(
             batch_size=batch_size,
             labels=labels,
             guidance=guidance,
+            eps_scale=eps_scale,
             on_step=lambda _, x_0: bar.update(len(x_0)),
         )
         seconds = time.monotonic() - started
@@ -237,6 +241,8 @@ def draw(
         "batch_size": batch_size,
         "classes": "in turns" if model.num_classes else "unconditional",
         "guidance": guidance.weight,
+        "guided_share": guidance.between[1],
+        "eps_scale": eps_scale,
         **{name: list(liquid.current_steps()) for name, liquid in other.items()},
         "multiply_adds_per_image": drawing_multiply_adds(model, guidance, scheduler, steps, data.shape),
     }

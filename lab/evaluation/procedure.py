@@ -60,7 +60,7 @@ def measure_and_write(args: Namespace, run_folder: Path | None, output: Path, pi
                 classifier,
                 num_images=args.num_images,
                 bound_images=args.bound_images,
-                calls_per_image=args.steps * (1 if guidance.weight == 1 else 2),
+                calls_per_image=guidance.calls(scheduler.timesteps(args.steps), scheduler.num_timesteps),
                 batch_size=args.batch_size,
             )
             print(f"time     {in_words(parts)}", flush=True)
@@ -75,6 +75,7 @@ def measure_and_write(args: Namespace, run_folder: Path | None, output: Path, pi
                 seed=args.seed,
                 batch_size=args.batch_size,
                 guidance=guidance,
+                eps_scale=args.eps_scale,
                 drawn_by=drawn_by,
                 classifier=classifier,
                 inception=inception,

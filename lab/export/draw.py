@@ -79,10 +79,11 @@ def draw(model, noise, labels=None, steps=50, guidance=None, **ode):
     x, previous, last = noise.astype(np.float32), None, 0.0
     for t, s in pairwise(timesteps):
         x_0 = model.predict(x, t, labels, **ode)
-        if labels is not None and guidance != 1:  # Ho & Salimans 2022
+        if labels is not None and guidance != 1 and (t + 0.5) / T <= about["guided_share"]:  # Ho & Salimans 2022
             without = model.predict(x, t, np.full_like(labels, about["no_class"]), **ode)
             x_0 = without + np.float32(guidance) * (x_0 - without)
-        x_0 = x_0.clip(-1, 1)
+        scale = about["eps_scale"]  # what the predicted noise is divided by (Ning et al. 2024)
+        x_0 = (x_0 / np.float32(scale) + np.float32((1 - 1 / scale) / alpha[t]) * x).clip(-1, 1)
         if s < 0:
             return x_0
         step = np.log(alpha[s] * sigma[t] / (alpha[t] * sigma[s]))

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from choices import GUIDANCE
-from diffusion import DDPMScheduler, Denoiser
+from choices import EPS_SCALE
+from diffusion import DDPMScheduler, Denoiser, Guidance
 from lab.export.graphs import OPSET, check_exportable, graphs, has_parts
 from liquid_diffusion import TrueLiquidDiffusionModel
 from models import count_parameters, multiply_adds
@@ -60,6 +60,7 @@ def export(checkpoint: str, folder: Path) -> None:
 def describe(model: Denoiser, scheduler: DDPMScheduler, config: dict[str, Any]) -> dict[str, Any]:
     """What a program must know to draw from the files, as plain values."""
     channels, height, width = config["shape"]
+    guidance = Guidance.usual(model)
     parts = ["features", "global", "local", "detail", "step", "head"] if has_parts(model) else []
     about = {
         "format_version": FORMAT_VERSION,
@@ -71,7 +72,10 @@ def describe(model: Denoiser, scheduler: DDPMScheduler, config: dict[str, Any]) 
         "shape": [channels, height, width],
         "classes": list(config["classes"]) if model.num_classes else [],
         "no_class": model.num_classes,  # the label that means so
-        "guidance": GUIDANCE if model.num_classes else 1.0,  # with which sample.py draws
+        # how sample.py draws
+        "guidance": guidance.weight,
+        "guided_share": guidance.between[1],
+        "eps_scale": EPS_SCALE,
         "timesteps": scheduler.num_timesteps,
         "schedule": scheduler.schedule,
         "prediction_type": scheduler.prediction_type,

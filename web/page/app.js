@@ -3,6 +3,7 @@
 import { Inside } from './inside.js';
 import { CELLS, cost } from './model.js';
 import { Picture, partMask, savePictures } from './pictures.js';
+import { isGuided, spaced } from './sampler.js';
 import { COUNT, defaults, fromLink, toLink, trained, within } from './settings.js';
 
 const $ = (id) => document.getElementById(id);
@@ -195,12 +196,12 @@ function showCost() {
   if (!about) return;
   const isLiquid = Boolean(about.ode);
   const call = cost(about, settings);
-  const both = about.classes.length && settings.guidance !== 1 ? 2 : 1;
+  const times = spaced(about.timesteps, settings.calls).slice(0, -1);
+  const twice = times.filter((t) => isGuided(about, t, settings.guidance)).length;
   const millions = (value) =>
     `${(value / 1e6).toLocaleString('en', { maximumFractionDigits: 1 })} million multiply-adds`;
-  const twice = both === 2 ? ', twice with guidance' : '';
-  $('cost-call').textContent = millions(call) + twice;
-  $('cost-drawing').textContent = millions(call * both * settings.calls);
+  $('cost-call').textContent = millions(call) + (twice ? `, twice in ${twice} of ${times.length} calls` : '');
+  $('cost-drawing').textContent = millions(call * (times.length + twice));
   for (const id of ['steps-global', 'steps-local', 'steps-detail', 'solver', 'as-trained', 'ode-time'])
     $(id).disabled = !isLiquid;
   for (const id of ['class', 'guidance']) $(id).disabled = !about.classes.length;

@@ -1,7 +1,7 @@
 // Draws nine pictures from a model, call by call, and fills in a part of one again. The page's worker and Node use it.
 
 import { randn } from './noise.js';
-import { dpmpp, guided, keepOutside, schedule, spaced } from './sampler.js';
+import { dpmpp, guided, isGuided, keepOutside, scaled, schedule, spaced } from './sampler.js';
 
 /** The class of each picture: the chosen one or, where none is, all in turn; null for a model without classes. */
 export function labelsOf(about, count, chosen) {
@@ -27,9 +27,10 @@ export function noiseOf(about, count, seed) {
  */
 function denoiser(model, labels, settings, { between = async () => {}, watched = () => -1, watch = null } = {}) {
   const { about } = model;
+  const { at } = schedule(about);
   return async (x, t) => {
     const now = settings();
-    const both = labels && now.guidance !== 1; // with and without the class, in one run
+    const both = labels && isGuided(about, t, now.guidance); // with and without the class, in one run
     const rows = both ? new Float32Array(2 * x.length) : x;
     if (both) [0, x.length].forEach((start) => rows.set(x, start));
     const classes = both ? [...labels, ...labels.map(() => about.no_class)] : labels;
@@ -37,7 +38,9 @@ function denoiser(model, labels, settings, { between = async () => {}, watched =
     const begun = performance.now();
     const found = await model.predict(rows, t, classes, now, picture < 0 ? null : { picture, tell: watch });
     await between(performance.now() - begun);
-    return guided(found.subarray(0, x.length), both && found.subarray(x.length), now.guidance);
+    const own = found.subarray(0, x.length);
+    const x0 = both ? guided(own, found.subarray(x.length), now.guidance) : own;
+    return scaled(x0, x, at(t).alpha, about.eps_scale);
   };
 }
 

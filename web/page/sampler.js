@@ -48,14 +48,20 @@ export async function* dpmpp({ at }, times, x, denoise, keep = () => {}) {
   }
 }
 
-/** x_0 led away from what the model predicts without the class (Ho & Salimans 2022), then clipped to [-1, 1]. */
+/** Whether guidance acts at timestep t: in a share of the timesteps, from the clean end, and not with a weight of 1. */
+export function isGuided(about, t, weight) {
+  return about.classes.length > 0 && weight !== 1 && (t + 0.5) / about.timesteps <= about.guided_share;
+}
+
+/** x_0 led away from what the model predicts without the class (Ho & Salimans 2022). */
 export function guided(conditional, unconditional, weight) {
-  const x0 = new Float32Array(conditional.length);
-  for (let i = 0; i < x0.length; i++) {
-    const value = unconditional ? unconditional[i] + weight * (conditional[i] - unconditional[i]) : conditional[i];
-    x0[i] = Math.min(1, Math.max(-1, value));
-  }
-  return x0;
+  return conditional.map((value, i) => unconditional[i] + weight * (value - unconditional[i]));
+}
+
+/** x_0 as it is when the predicted noise of x_t is divided by `scale` (Ning et al. 2024), then clipped to [-1, 1]. */
+export function scaled(x0, xt, alpha, scale) {
+  const part = (1 - 1 / scale) / alpha;
+  return x0.map((value, i) => Math.min(1, Math.max(-1, value / scale + part * xt[i])));
 }
 
 /** `keep` for `dpmpp`: outside of the mask (1: draw again) an image x_0 stays as it is, under its own noise. */

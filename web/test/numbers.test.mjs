@@ -20,7 +20,7 @@ const MODELS = process.env.MODELS ?? path.join(ROOT, 'exported');
 
 ort.env.wasm.numThreads = 1;
 
-// What is compared with torch: how the page draws it, and how torch does (arguments of sample_images; a call before).
+// What is compared with torch: how the page draws it, and how torch does (arguments of `drawn` below; a call before).
 const CASES = {
   'true-cifar10 draws a ship': {
     name: 'true-cifar10',
@@ -60,11 +60,15 @@ const SEED = 2 ** 32 + 7;
 
 const PROGRAM = `
 import sys, torch
-from diffusion import sample_images
+from choices import EPS_SCALE, GUIDED_SHARE
+from diffusion import Guidance, sample_images
 from training.checkpoint import load_model
 torch.set_num_threads(1)
 def write(values):
     sys.stdout.buffer.write(values.numpy().tobytes())
+def drawn(count, guidance=1.0, **options):  # as sample.py does
+    how = {"guidance": Guidance(guidance, between=(0.0, GUIDED_SHARE)), "eps_scale": EPS_SCALE}
+    return sample_images(model, scheduler, config["shape"], count, **how, **options)
 g = torch.Generator().manual_seed(${SEED})
 write(torch.stack([torch.randn(3, 32, 32, generator=g) for _ in range(2)]))
 ${Object.values(CASES)
@@ -72,7 +76,7 @@ ${Object.values(CASES)
     ({ name, before = '', torch }) => `
 model, scheduler, config = load_model("pretrained/${name}.safetensors")
 ${before}
-write(sample_images(model, scheduler, config["shape"], ${torch}))`,
+write(drawn(${torch}))`,
   )
   .join('')}`;
 
