@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffusion import Denoiser
+from diffusion.scheduler import Denoiser
 from kernels.convolution import Conv3x3, use_kernel
 from liquid_diffusion import (
     STEP_FRACTION,

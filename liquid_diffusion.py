@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from choices import ODEINT_SOLVERS, SOLVERS
-from diffusion import Denoiser
+from diffusion.scheduler import Denoiser
 from kernels import cell_input, liquid_kernel
 from kernels.convolution import Conv3x3
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import Denoiser
+from diffusion.scheduler import Denoiser
 from kernels.convolution import Conv3x3
 from liquid_diffusion import InputConv, TimeEmbedding, upsample
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from baselines import ABLATIONS, UNetReference
-from diffusion import Denoiser, carries_state
+from diffusion.scheduler import Denoiser, carries_state
 from kernels.native import plain_torch
 from liquid_diffusion import COARSE, STEP_MULTIPLES, TrueLiquidDiffusionModel, scaled_steps
 from liquid_diffusion_inspired import InspiredDiffusionModel

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion import DDPMScheduler, Denoiser, Guidance, sample_images
+from diffusion.sampling import Guidance, sample_images
+from diffusion.scheduler import DDPMScheduler, Denoiser
 from images.pictures import class_columns, save_gif, save_grid
 from images.single import save_folder, save_npz
 from kernels import native

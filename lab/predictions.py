@@ -9,7 +9,8 @@ from runtime.command_line import integer, number
 from runtime.errors import UserError, user_errors
 
 if TYPE_CHECKING:
-    from diffusion import DDPMScheduler, Denoiser, Guidance
+    from diffusion.sampling import Guidance
+    from diffusion.scheduler import DDPMScheduler, Denoiser
     from liquid_diffusion import TrueLiquidDiffusionModel
 
 NOISY = 0.25  # from this fraction of the timesteps on, half the ODE steps drew as well as all (LOG.md)
@@ -51,7 +52,7 @@ def add_prediction_flags(add: Callable[..., argparse.Action]) -> None:
 
 def guidance_asked(args: argparse.Namespace, model: "Denoiser") -> "Guidance":
     """What the flags say for this model. Raises UserError for what it does not have."""
-    from diffusion import Guidance
+    from diffusion.sampling import Guidance
 
     if args.coarse_steps is not None and args.autoguidance is None:
         raise UserError("--coarse-steps: are those of --autoguidance, which is not given")
@@ -69,7 +70,7 @@ def guidance_asked(args: argparse.Namespace, model: "Denoiser") -> "Guidance":
 
 def denoiser_asked(args: argparse.Namespace, model: "Denoiser", scheduler: "DDPMScheduler") -> "Denoiser":
     """The model, or, with --noisy-ode-steps, one that takes these ODE steps where noise is high."""
-    from diffusion import ByNoise
+    from diffusion.sampling import ByNoise
 
     if args.noisy_ode_steps is None:
         return model
@@ -79,7 +80,7 @@ def denoiser_asked(args: argparse.Namespace, model: "Denoiser", scheduler: "DDPM
 
 def with_steps(flag: str, model: "Denoiser", ode_steps: Sequence[int] | None) -> "TrueLiquidDiffusionModel":
     """The model with other ODE steps, by default half of its own. Raises UserError if they cannot be chosen."""
-    from diffusion import carries_state
+    from diffusion.scheduler import carries_state
     from liquid_diffusion import TrueLiquidDiffusionModel, scaled_steps
 
     if not isinstance(model, TrueLiquidDiffusionModel):

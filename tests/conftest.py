@@ -340,3 +340,10 @@ def stand_in(monkeypatch):
             return (known_features(images),)
 
     monkeypatch.setitem(registry.FEATURE_EXTRACTORS_REGISTRY, "inception-v3-compat", StandIn)
+
+
+@pytest.fixture
+def values() -> list[torch.Tensor]:
+    """Three tensors of two images, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float64) for _ in range(3)]

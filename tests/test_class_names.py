@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from diffusion import DDPMScheduler
+from diffusion.scheduler import DDPMScheduler
 from lab.drawing import Drawn, chosen_turns, in_turns
 from liquid_diffusion import TrueLiquidDiffusionModel
 from runtime.errors import UserError

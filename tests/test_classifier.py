@@ -13,7 +13,7 @@ from scipy import linalg
 import evaluate
 import sample
 from choices import EPS_SCALE, GUIDED_SHARE
-from diffusion import Guidance, sample_images
+from diffusion.sampling import Guidance, sample_images
 from images.batches import held_out_bank
 from images.datasets import ImageData, load_images
 from lab.classifier import __main__ as command

@@ -13,7 +13,8 @@ from PIL import Image
 
 import evaluate
 from choices import EPS_SCALE
-from diffusion import ByNoise, DDPMScheduler, Guidance, sample_images
+from diffusion.sampling import ByNoise, Guidance, sample_images
+from diffusion.scheduler import DDPMScheduler
 from images.batches import held_out_bank, to_float
 from images.datasets import load_images
 from lab.evaluation import inception, measures, procedure

@@ -21,7 +21,7 @@ from PIL import Image
 
 import export
 from choices import EPS_SCALE
-from diffusion import Guidance, image_noise, sample_images
+from diffusion.sampling import Guidance, image_noise, sample_images
 from lab.export import files
 from models import build_model, complete_config, multiply_adds
 from training.checkpoint import load_model, save_model

@@ -8,7 +8,7 @@ import torch
 from scipy import integrate, stats
 from torch import nn
 
-from diffusion import DDPMScheduler
+from diffusion.scheduler import DDPMScheduler
 from lab.evaluation.likelihood import decoder_nll, decoder_std, timestep_strata, variational_bound
 
 T, S = 50, 0.2  # timesteps, and the standard deviation of the data

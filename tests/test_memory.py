@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from baselines import MemoryLiquid
-from diffusion import DDPMScheduler, sample_images
+from diffusion.sampling import sample_images
+from diffusion.scheduler import DDPMScheduler
 from images.batches import held_out_bank, memory_noise
 from images.datasets import load_images
 from lab.evaluation.measures import eps_mse

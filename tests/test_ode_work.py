@@ -10,7 +10,7 @@ from PIL import Image
 
 import evaluate
 from choices import SOLVERS
-from diffusion import DDPMScheduler
+from diffusion.scheduler import DDPMScheduler
 from images.batches import held_out_bank
 from images.datasets import load_images
 from lab.evaluation.ode_work import num_points, ode_work, save_ode_work

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from diffusion import sample_images
+from diffusion.sampling import sample_images
 from images.batches import Batch, held_out_bank
 from images.datasets import load_images
 from lab.classifier.network import load_classifier, published_classifier

@@ -15,7 +15,7 @@ from PIL import Image
 import sample
 from baselines import MemoryLiquid, UntiedLiquid
 from choices import EPS_SCALE, GUIDANCE, GUIDED_SHARE, SAMPLERS, SOLVERS
-from diffusion import ByNoise, Guidance, sample_images
+from diffusion.sampling import ByNoise, Guidance, sample_images
 from images.pictures import save_grid
 from lab.predictions import with_steps
 from runtime.errors import UserError

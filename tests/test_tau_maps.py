@@ -6,7 +6,8 @@ from conftest import call
 from PIL import Image
 
 import sample
-from diffusion import DDPMScheduler, sample_images
+from diffusion.sampling import sample_images
+from diffusion.scheduler import DDPMScheduler
 from lab.evaluation.tau_maps import record, save_tau_maps
 from liquid_diffusion import TrueLiquidDiffusionModel
 from models import complete_config

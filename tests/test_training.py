@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from diffusion import DDPMScheduler
+from diffusion.scheduler import DDPMScheduler
 from images.batches import held_out_bank, training_batch
 from images.datasets import load_images
 from lab.comparison.wiener import fit_wiener

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import DDPMScheduler
+from diffusion.scheduler import DDPMScheduler
 from images.batches import held_out_bank, to_float
 from images.datasets import ImageData, load_images
 from lab.comparison.wiener import WienerDenoiser, fit_wiener

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from diffusion import DDPMScheduler, Denoiser
+from diffusion.scheduler import DDPMScheduler, Denoiser
 from models import build_model
 from runtime.errors import UserError, reason
 from runtime.files import atomic_path

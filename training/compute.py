@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from diffusion import Denoiser
+from diffusion.scheduler import Denoiser
 from images.datasets import ImageData
 from kernels import native
 from kernels.compilation import compiler_failure

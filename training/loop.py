@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from diffusion import DDPMScheduler
+from diffusion.scheduler import DDPMScheduler
 from images.batches import held_out_bank
 from images.datasets import ImageData, load_images
 from kernels.compilation import is_compiler_failure

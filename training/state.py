@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from diffusion import DDPMScheduler, Denoiser
+from diffusion.scheduler import DDPMScheduler, Denoiser
 from images.datasets import ImageData
 from models import build_model, complete_config
 from runtime.errors import RunFailed, UserError, reason

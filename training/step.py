@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusion import DDPMScheduler, carries_state
+from diffusion.scheduler import DDPMScheduler, carries_state
 from images.batches import Batch, memory_noise, random_generator, training_batch
 from images.datasets import ImageData
 from kernels.compilation import compiled

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion import Denoiser
+from diffusion.scheduler import Denoiser
 from images.datasets import ImageData
 from kernels import native
 from models import count_parameters, multiply_adds

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from choices import EPS_SCALE
-from diffusion import DDPMScheduler, Denoiser, Guidance, carries_state, sample_images
+from diffusion.sampling import Guidance, sample_images
+from diffusion.scheduler import DDPMScheduler, Denoiser, carries_state
 from images.batches import Batch
 from images.datasets import ImageData
 from images.pictures import class_columns

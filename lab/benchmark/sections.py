@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from choices import ARMS
-from diffusion import DDPMScheduler, sample_images
+from diffusion.sampling import sample_images
+from diffusion.scheduler import DDPMScheduler
 from kernels.compilation import compiled, compiler_failure, is_compiler_failure
 from kernels.native import AMX, FP32, available, plain_torch
 from lab.benchmark import convolutions, kernels, peers

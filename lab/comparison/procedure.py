@@ -5,7 +5,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-from diffusion import DDPMScheduler
+from diffusion.scheduler import DDPMScheduler
 from images.batches import held_out_bank
 from images.datasets import ImageData, load_images
 from images.pictures import save_labelled_rows

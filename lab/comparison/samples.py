@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion import DDPMScheduler, Guidance, sample_images
+from diffusion.sampling import Guidance, sample_images
+from diffusion.scheduler import DDPMScheduler
 from images.batches import to_uint8
 from images.datasets import ImageData
 from lab.classifier.network import Classifier

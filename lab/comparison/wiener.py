@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from diffusion import DDPMScheduler, Denoiser
+from diffusion.scheduler import DDPMScheduler, Denoiser
 from images.batches import to_float
 from images.datasets import ImageData
 

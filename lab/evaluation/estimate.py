@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from choices import SHOWN
-from diffusion import DDPMScheduler, Denoiser
+from diffusion.scheduler import DDPMScheduler, Denoiser
 from images.batches import BANK_SIZE
 from images.datasets import ImageData
 from lab.classifier.network import Classifier, read

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import DDPMScheduler, Denoiser, image_noise
+from diffusion.sampling import image_noise
+from diffusion.scheduler import DDPMScheduler, Denoiser
 
 # One step from each of 16 strata costs a 24th of all 399 steps. The KLs fall a little faster than 1 / t, so strata that
 # get wider with t contribute about equally. On 200 CIFAR-10 images and the published model, the standard errors with

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from choices import SHOWN
-from diffusion import ByNoise, DDPMScheduler, Denoiser, Guidance, carries_state, sample_images
+from diffusion.sampling import ByNoise, Guidance, sample_images
+from diffusion.scheduler import DDPMScheduler, Denoiser, carries_state
 from images.batches import Batch, held_out_bank, to_float, to_uint8
 from images.datasets import ImageData
 from lab.classifier.network import Classifier

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from choices import SOLVERS
-from diffusion import DDPMScheduler
+from diffusion.scheduler import DDPMScheduler
 from images.batches import Batch
 from kernels.native import plain_torch
 from liquid_diffusion import TrueLiquidDiffusionModel, scaled_steps

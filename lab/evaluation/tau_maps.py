@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import DDPMScheduler, sample_images
+from diffusion.sampling import sample_images
+from diffusion.scheduler import DDPMScheduler
 from images.pictures import grid_image
 from liquid_diffusion import RealLiquidCell, TrueLiquidDiffusionModel
 from runtime.files import save_figure

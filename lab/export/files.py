@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from choices import EPS_SCALE
-from diffusion import DDPMScheduler, Denoiser, Guidance
+from diffusion.sampling import Guidance
+from diffusion.scheduler import DDPMScheduler, Denoiser
 from lab.export.graphs import OPSET, check_exportable, graphs, has_parts
 from liquid_diffusion import TrueLiquidDiffusionModel
 from models import count_parameters, multiply_adds

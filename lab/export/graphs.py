@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from choices import STEP_SOLVERS
-from diffusion import DDPMScheduler, Denoiser, carries_state
+from diffusion.scheduler import DDPMScheduler, Denoiser, carries_state
 from kernels.native import plain_torch
 from liquid_diffusion import STEP_FRACTION, RealLiquidCell, TrueLiquidDiffusionModel, beside
 

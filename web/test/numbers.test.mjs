@@ -61,7 +61,7 @@ const SEED = 2 ** 32 + 7;
 const PROGRAM = `
 import sys, torch
 from choices import EPS_SCALE, GUIDED_SHARE
-from diffusion import Guidance, sample_images
+from diffusion.sampling import Guidance, sample_images
 from training.checkpoint import load_model
 torch.set_num_threads(1)
 def write(values):
