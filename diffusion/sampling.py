@@ -110,7 +110,7 @@ def denoiser(
         alpha, sigma = scheduler.level(t)
         if eps_scale != 1:
             eps = eps / eps_scale
-            x_0 = (x - sigma * eps) / alpha
+            x_0 = x_0 / eps_scale + (1 - 1 / eps_scale) / alpha * x  # (x - sigma eps) / alpha, without cancellation
         if clip:
             x_0 = x_0.clamp(-1, 1)
             eps = (x - alpha * x_0) / sigma
