@@ -284,10 +284,18 @@ def test_the_samples_of_an_earlier_comparison_are_measured_also_when_that_is_sto
 
     with mock.patch.object(samples, "distances", side_effect=AssertionError):
         assert compared(folder, *measuring) == rows
-    code, out, err = call(compare, *TINY, *measuring, "--num-images", 30)
-    assert (code, out) == (2, "") and "--num-images" in err and "use another --output-dir" in err
+    for flag, value in (("--num-images", 30), ("--eps-scale", 1)):
+        code, out, err = call(compare, *TINY, *measuring, flag, value)
+        assert (code, out) == (2, "") and flag in err and "use another --output-dir" in err
     assert compared(folder, *options, "--num-images", 0) == rows
     assert (folder / "comparison.md").read_text() == text
+
+    settings = json.loads((folder / "comparison.json").read_text())  # as it was before the flags
+    del settings["distances"]["guided_share"], settings["distances"]["eps_scale"]
+    (folder / "comparison.json").write_text(json.dumps(settings))
+    code, out, err = call(compare, *TINY, *measuring)
+    assert (code, out) == (2, "") and "--eps-scale" in err
+    assert compared(folder, *measuring, "--eps-scale", 1) == rows
 
 
 def test_with_classes_all_arms_learn_them_and_are_drawn_with_guidance(classifier, tmp_path):
