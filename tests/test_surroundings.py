@@ -155,7 +155,7 @@ def test_no_home_a_read_only_source_tree_and_another_current_folder_will_do(unpr
     source.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, source)
-    for name in ("images", "kernels", "lab", "pretrained", "runtime", "training"):
+    for name in ("diffusion", "images", "kernels", "lab", "pretrained", "runtime", "training"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for folder, _, _ in os.walk(source):
         os.chmod(folder, 0o555)
