@@ -46,8 +46,8 @@ const CASES = {
 for (const [solver, steps] of [
   ['semi-implicit', [2, 3, 4]],
   ['exponential', [9, 2, 5]],
-  ['midpoint', [3, 4, 2]],
-  ['rk4', [3, 2, 2]],
+  ['midpoint', [8, 7, 9]], // with half as many these two are unstable on the published weights
+  ['rk4', [9, 6, 7]],
 ]) {
   CASES[`the ODE by ${solver} in ${steps} steps`] = {
     name: 'true-cifar10',
