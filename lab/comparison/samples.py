@@ -70,9 +70,9 @@ def explanation(results: Sequence[Result], s: argparse.Namespace, conditions: di
         f"{min(MOST_STEPS, s.timesteps)} steps, from the noise of seeds 0 to {count - 1:,}"
     )
     if s.class_conditional:
-        guidance = f"guidance {conditions['guidance']:g} in {conditions['guided_share']:.0%} of the timesteps"
-        text += f", of all classes in turns, with {guidance}; `recognised` is the share that the classifier reads as "
-        text += "the class asked for"
+        where = f"the cleaner {100 * conditions['guided_share']:g} % of the timesteps"
+        text += f", of all classes in turns, with guidance {conditions['guidance']:g} in {where}; `recognised` is the "
+        text += "share that the classifier reads as the class asked for"
     return f"\n{text}. Each predicted eps is divided by {conditions['eps_scale']:g}.\n"
 
 
