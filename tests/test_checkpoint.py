@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,23 @@ def test_model_file_gives_back_what_was_saved_and_is_plain_safetensors(model_fil
         assert tensors.keys() == TENSORS.keys()
         assert all(torch.equal(tensors[k], v) for k, v in TENSORS.items())
     assert torch.equal(safetensors.torch.load_file(model_file)["a"], TENSORS["a"])
+
+
+def test_a_stop_signal_while_a_file_is_read_is_not_taken_for_damage(model_file, monkeypatch):
+    """Torch asks a storage of which it knows no shape for its first value, in Python, where signals are handled."""
+    read = torch.UntypedStorage.__getitem__
+    signalled = []
+
+    def signal_and_read(storage, index):
+        if not isinstance(index, slice):
+            signalled.append(index)
+            signal.raise_signal(signal.SIGINT)
+        return read(storage, index)
+
+    monkeypatch.setattr(torch.UntypedStorage, "__getitem__", signal_and_read)
+    with pytest.raises(KeyboardInterrupt):
+        read_model(model_file)
+    assert signalled
 
 
 def test_the_same_model_is_the_same_bytes_in_any_thread(model_file, tmp_path):

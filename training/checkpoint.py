@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusion.scheduler import DDPMScheduler, Denoiser
 from models import build_model
+from runtime.command_line import stop_signals
 from runtime.errors import UserError, reason
 from runtime.files import atomic_path
 from training.run_folder import MODEL_FILE, RESUME_FILE, instead_of, weights_file
@@ -74,12 +75,16 @@ def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = weights_file(path)
     advice = f"; {instead_of(path)}" if instead_of(path) else ""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except Exception as error:  # a damaged file raises nearly anything
-        raise UserError(f"{path}: not a readable safetensors file ({reason(error)}){advice}") from error
+    with stop_signals() as received:  # torch takes a KeyboardInterrupt in a storage for a storage without a shape
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except Exception as error:  # a damaged file raises nearly anything
+            if not received:
+                raise UserError(f"{path}: not a readable safetensors file ({reason(error)}){advice}") from error
+    if received:
+        raise KeyboardInterrupt
     if FORMAT not in metadata:
         raise UserError(f"{path}: not a model of this project (its metadata lacks {FORMAT!r}){advice}")
     try:
