@@ -19,7 +19,7 @@ from pathlib import Path
 
 from choices import ARMS, DATASETS, DEVICES, GUIDANCE, GUIDED_SHARE, OPTIMIZERS, PREDICTION_TYPES, SCHEDULES, SHOWN
 from images.sides import image_size
-from lab.predictions import add_guidance_flags
+from lab.predictions import add_guidance_flags, refuse_guidance
 from runtime.command_line import Parser, file_or_folder, integer, number, parsed_by, run, slow_imports, spelled
 from runtime.errors import UserError, reason
 from runtime.files import check_folder, check_writable
@@ -99,8 +99,8 @@ def main() -> None:
     check_writable(folder, "--output-dir")
     if 0 < s.num_images < SHOWN:
         raise UserError(f"--num-images: must be 0 or at least {SHOWN}, got {s.num_images}")
-    if s.guidance not in (None, 1) and not s.class_conditional:
-        raise UserError("--guidance: models without classes have none; add --class-conditional")
+    if not s.class_conditional:
+        refuse_guidance(s, "models without classes have none; add --class-conditional")
     if s.guidance is None:
         s.guidance = GUIDANCE if s.class_conditional else 1.0
     if s.guided_share is None:

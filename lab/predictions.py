@@ -61,11 +61,18 @@ def guidance_asked(args: argparse.Namespace, model: "Denoiser") -> "Guidance":
             raise UserError("--autoguidance: takes the place of --guidance; give one of the two")
         coarse = with_steps("--autoguidance", model, args.coarse_steps)
         return Guidance(args.autoguidance, coarse, (0.0, 1.0 if args.guided_share is None else args.guided_share))
-    if args.guidance not in (None, 1) and not model.num_classes:
-        raise UserError("--guidance: this model has no classes; train.py --class-conditional learns them")
+    if not model.num_classes:
+        refuse_guidance(args, "this model has no classes; train.py --class-conditional learns them")
     usual = Guidance.usual(model)
     weight = usual.weight if args.guidance is None else args.guidance
     return Guidance(weight, between=usual.between if args.guided_share is None else (0.0, args.guided_share))
+
+
+def refuse_guidance(args: argparse.Namespace, why: str) -> None:
+    """Raise UserError, naming the flag, if guidance by classes is asked for where there is none."""
+    asked = {"--guidance": args.guidance not in (None, 1), "--guided-share": args.guided_share is not None}
+    for flag in (flag for flag, given in asked.items() if given):
+        raise UserError(f"{flag}: {why}")
 
 
 def denoiser_asked(args: argparse.Namespace, model: "Denoiser", scheduler: "DDPMScheduler") -> "Denoiser":

@@ -432,6 +432,7 @@ def test_what_would_mix_two_comparisons_is_refused(experiment, tmp_path):
         ("--lrs", "nan"),
         ("--num-images", 15),
         ("--guidance", 2),
+        ("--guided-share", 0.5),
         ("--classifier", "nowhere"),
         ("--output-dir", "/proc/none"),
     ],

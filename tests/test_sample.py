@@ -225,6 +225,7 @@ BAD_VALUES = [
     ("--guidance", 2),
     ("--guidance", "inf"),
     ("--guided-share", 1.1),
+    ("--guided-share", 0.5),
     ("--eps-scale", 0),
     ("--classes", 3),
     ("--sampler", "euler"),
