@@ -37,7 +37,10 @@ DDPM_SHAPE = {"layers_per_block": 2, "mid_block": True, "attention_level": 1}
 LADDER = {
     "38k": {},
     "38k-flat": {"channels": (16,), "layers_per_block": 2, "time_embedding_dim": 32},
+    "75k-flat": {"channels": (24,), "layers_per_block": 2, "time_embedding_dim": 32},
     "150k": {"channels": (24, 24), "mid_block": True},
+    "150k-flat": {"channels": (32,), "layers_per_block": 2, "time_embedding_dim": 64},
+    "300k": {"channels": (24, 42), "mid_block": True},
     "600k": {"channels": (16, 32, 32, 36), **DDPM_SHAPE},
     "2.4m": {"channels": (32, 64, 64, 72), **DDPM_SHAPE},
     "4m": {"channels": (44, 88, 88, 88), **DDPM_SHAPE},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from choices import ARMS, MODELS
+from choices import ARMS, LADDER, MODELS
 from kernels.native import plain_torch
 from models import build_model, complete_config, count_parameters, multiply_adds
 from runtime.errors import UserError
@@ -120,6 +120,13 @@ def test_weights_that_do_not_fit_their_config_are_refused(change, tmp_path):
     save_model(path, build_model("true", **REBUILD["model_config"]).state_dict(), REBUILD | change)
     with pytest.raises(UserError):
         load_model(path)
+
+
+@pytest.mark.parametrize("rung", [rung for rung in LADDER if rung != "35.7m"])
+def test_a_rung_has_the_parameters_that_its_name_says(rung):
+    number = rung.removesuffix("-flat")
+    parameters = float(number[:-1]) * {"k": 1e3, "m": 1e6}[number[-1]]
+    assert count_parameters(build_model("unet", **LADDER[rung])) == pytest.approx(parameters, rel=0.06)
 
 
 @pytest.mark.parametrize("arm", ARMS)
