@@ -332,6 +332,24 @@ def test_a_sweep_of_the_whole_amount_is_the_first_seed_of_the_best_rate(tmp_path
     assert rows[0] == min(sweep, key=lambda row: float(row["eps_mse"]))
 
 
+def test_the_bar_is_as_long_as_what_is_left_to_train(tmp_path):
+    options = ["--arms", "inspired", "--reference", "inspired", "--seeds", 2, "--lrs", 1e-3, 1e-2, "--amount", 40]
+
+    def trainings(*seeds) -> float:
+        """The length of the bar, in training runs."""
+        with mock.patch.object(procedure, "bar_of_seconds", wraps=procedure.bar_of_seconds) as bar:
+            compared(tmp_path, *options, *seeds)
+        speed_of_arm = float(table(tmp_path / "costs.csv")[0]["images_per_second"])
+        return bar.call_args.args[0] * speed_of_arm / 40
+
+    assert trainings() == pytest.approx(3)  # the better one of the sweep is the first seed
+    assert trainings() == 0
+    assert trainings("--seeds", 3) == pytest.approx(1)
+    *lines, _ = (tmp_path / "comparison.csv").read_text().splitlines()
+    (tmp_path / "comparison.csv").write_text("\n".join(lines) + "\n")  # as if stopped just before it was written
+    assert trainings("--seeds", 3) == 0
+
+
 def test_a_sweep_that_is_mostly_warm_up_is_said_to_be(tmp_path, capsys):
     options = ["--arms", "true:pooled", "unet:38k", "--lrs", 1e-3, 1e-2, "--amount", 160_000, "--budget", "images"]
     settings = compare.parser().parse_args(list(map(str, [*options, "--sweep-share", 0.05])))

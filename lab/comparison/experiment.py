@@ -83,6 +83,15 @@ def arm_config(s: argparse.Namespace, arm: str) -> TrainConfig:
     )
 
 
+def metrics(run: Path) -> list[dict[str, str]]:
+    """The lines of a run's metrics.csv; none if it has no such file yet."""
+    try:
+        with open(run / "metrics.csv", newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        return []
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What all training runs of a comparison have in common."""
@@ -103,6 +112,12 @@ class Experiment:
     def seconds(self, arm: str, share: float) -> float:
         """How many seconds this share of the budget lasts at the speed of the arm."""
         return self.images(arm, share) / self.costs[arm].images_per_second
+
+    def done(self, training: Training) -> float:
+        """Which fraction of a training run its folder holds; with hundreds of steps or more, to within a log line."""
+        started = self._started(training)
+        rows = metrics(started[-1]) if started else []
+        return min(1.0, int(rows[-1]["step"]) / self.steps(training.arm, training.share)) if rows else 0.0
 
     def steps(self, arm: str, share: float) -> int:
         """How many training steps this share of the budget allows, at least 1."""
@@ -129,28 +144,31 @@ class Experiment:
         arm = training.arm.replace(":", "-").replace("=", "-")
         return self.folder / "runs" / f"{arm}-lr{training.lr:g}-seed{training.seed}-share{training.share:g}"
 
+    def _started(self, training: Training) -> list[Path]:
+        """The run folders of a training run that can be resumed, oldest first."""
+        return [path for path in run_folders(self.folder_of(training)) if (path / RESUME_FILE).exists()]
+
     def run(self, training: Training, advance: Callable[[float], object]) -> tuple[Result, list[Point]]:
         """Run or resume a training run: (its result, its curve).
 
         advance(seconds) is called with its progress since the last call, in seconds at the speed of the arm.
         """
-        arm, seed, cost, done = training.arm, training.seed, self.costs[training.arm], 0.0
-        seconds = self.seconds(arm, training.share)
-        started = [path for path in run_folders(self.folder_of(training)) if (path / RESUME_FILE).exists()]
+        arm, seed, cost, done = training.arm, training.seed, self.costs[training.arm], self.done(training)
+        seconds, started = self.seconds(arm, training.share), self._started(training)
 
         def pass_on(progress: float) -> None:
             nonlocal done
-            advance(seconds * (min(progress, 1) - done))
-            done = min(progress, 1)
+            progress = max(done, min(progress, 1))
+            advance(seconds * (progress - done))
+            done = progress
 
         resume = started[-1] if started else None
         with advice_fits():
             finished = train(self.config(training), resume=resume, data=self.data, on_progress=pass_on)
         assert finished is not None  # as after a dry run
         pass_on(1)
-        with open(finished / "metrics.csv", newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["held_out_loss"]]
-        measured = [(int(row["images"]), float(row["held_out_loss"])) for row in rows]
+        rows = metrics(finished)
+        measured = [(int(row["images"]), float(row["held_out_loss"])) for row in rows if row["held_out_loss"]]
         curve = [Point(arm, seed, images, images / cost.images_per_second, loss) for images, loss in measured]
         images, loss = measured[-1]
         result = Result(

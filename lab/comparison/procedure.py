@@ -132,8 +132,15 @@ def train_all(experiment: Experiment) -> tuple[list[Result], list[Point]]:
     # seed by seed, so that an interrupted comparison has got equally far with every arm
     to_train = [(arm, seed) for seed in range(s.seeds) for arm in s.arms if (arm, seed) not in trained]
     warn_of_short_sweeps(experiment, list(dict.fromkeys(arm for arm, _ in to_sweep)))
-    total = sum(experiment.seconds(arm, s.sweep_share) for arm, _ in to_sweep)
-    total += sum(experiment.seconds(arm, 1) for arm, _ in to_train)
+    # where the sweep has the whole amount, its best run is that of the first seed
+    swept_whole = lrs and s.sweep_share == 1
+    left = [Training(arm, lr, 0, s.sweep_share) for arm, lr in to_sweep]
+    left += [
+        max((Training(arm, lr, seed, 1) for lr in s.lrs), key=experiment.done)  # one of them may have begun
+        for arm, seed in to_train
+        if seed or not swept_whole
+    ]
+    total = sum(experiment.seconds(one.arm, one.share) * (1 - experiment.done(one)) for one in left)
     with bar_of_seconds(total) as bar:
         trainings = [Training(arm, lr, 0, s.sweep_share) for arm, lr in to_sweep]
         for _, (result, _) in run_all(Experiment.run, experiment, trainings, bar, s.jobs):
