@@ -71,7 +71,8 @@ def guidance_asked(args: argparse.Namespace, model: "Denoiser") -> "Guidance":
 def refuse_guidance(args: argparse.Namespace, why: str) -> None:
     """Raise UserError, naming the flag, if guidance by classes is asked for where there is none."""
     asked = {"--guidance": args.guidance not in (None, 1), "--guided-share": args.guided_share is not None}
-    for flag in (flag for flag, given in asked.items() if given):
+    flag = next((flag for flag, given in asked.items() if given), None)
+    if flag is not None:
         raise UserError(f"{flag}: {why}")
 
 

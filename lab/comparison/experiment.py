@@ -114,7 +114,7 @@ class Experiment:
         return self.images(arm, share) / self.costs[arm].images_per_second
 
     def done(self, training: Training) -> float:
-        """Which fraction of a training run its folder holds; with hundreds of steps or more, to within a log line."""
+        """The fraction of a training run that earlier commands have done, by the last line of its metrics.csv."""
         started = self._started(training)
         rows = metrics(started[-1]) if started else []
         return min(1.0, int(rows[-1]["step"]) / self.steps(training.arm, training.share)) if rows else 0.0
