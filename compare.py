@@ -100,7 +100,7 @@ def main() -> None:
     if 0 < s.num_images < SHOWN:
         raise UserError(f"--num-images: must be 0 or at least {SHOWN}, got {s.num_images}")
     if not s.class_conditional:
-        refuse_guidance(s, "models without classes have none; add --class-conditional")
+        refuse_guidance(s, "models without classes have no guidance; add --class-conditional")
     if s.guidance is None:
         s.guidance = GUIDANCE if s.class_conditional else 1.0
     if s.guided_share is None:
