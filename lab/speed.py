@@ -22,6 +22,7 @@ from training.state import untrained
 from training.step import TrainStep
 
 ROUNDS = 5
+RATE_ROUNDS = 17  # of `training_rates`: a budget of seconds turns an error of the speed into one of the images
 SECONDS = 1.0  # per model and round; a round has at least one step
 SLOW, SLOW_ROUNDS = 10, 3  # a call that takes more than ten times as long as a round has only three rounds
 
@@ -29,7 +30,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def training_rates(configs: dict[str, TrainConfig], data: ImageData, device: torch.device) -> dict[str, float]:
-    """Training images per second of each config, timed over whole steps: the median of ROUNDS rounds.
+    """Training images per second of each config, timed over whole steps: the median of RATE_ROUNDS rounds.
 
     A config with `coarse_first` is timed in both parts of its run, and the seconds of a step are the mean over the run.
     """
@@ -38,7 +39,7 @@ def training_rates(configs: dict[str, TrainConfig], data: ImageData, device: tor
         step = train_step(config, data, device).func
         # where the parts begin; without a coarse one both are the start
         steps |= {(name, progress): partial(step, progress) for progress in (0, config.coarse_first)}
-    seconds = {part: statistics.median(rounds) for part, rounds in in_turn(steps, device).items()}
+    seconds = {part: statistics.median(rounds) for part, rounds in in_turn(steps, device, rounds=RATE_ROUNDS).items()}
     rates = {}
     for name, config in configs.items():
         coarse = config.coarse_first
@@ -51,9 +52,10 @@ def in_turn(
     device: torch.device,
     seconds: float | None = None,
     *,
+    rounds: int | None = None,
     warmed_up: bool = False,
 ) -> dict[Name, list[float]]:
-    """Seconds per call, one value for each of ROUNDS rounds, in which the calls take turns.
+    """Seconds per call, one value for each round (default: ROUNDS of them), in which the calls take turns.
 
     seconds: the length of a round of one call (default: SECONDS). A call that takes more than SLOW times as long has
     SLOW_ROUNDS rounds. A round ends when the device has finished its work. warmed_up: each was called before.
@@ -62,10 +64,10 @@ def in_turn(
     for call in [] if warmed_up else calls.values():
         call()  # the first call compiles, allocates and chooses kernels
     synchronize(device)
-    rounds: dict[Name, list[float]] = {name: [] for name in calls}
-    for turn in range(ROUNDS):
+    measured: dict[Name, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds or ROUNDS):
         for name, call in calls.items():
-            if turn >= SLOW_ROUNDS and rounds[name][0] > SLOW * seconds:
+            if turn >= SLOW_ROUNDS and measured[name][0] > SLOW * seconds:
                 continue
             count, elapsed, started = 0, 0.0, time.perf_counter()
             while elapsed < seconds:
@@ -73,8 +75,8 @@ def in_turn(
                 count += 1
                 elapsed = time.perf_counter() - started
             synchronize(device)
-            rounds[name].append((time.perf_counter() - started) / count)
-    return rounds
+            measured[name].append((time.perf_counter() - started) / count)
+    return measured
 
 
 def train_step(

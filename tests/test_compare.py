@@ -43,7 +43,7 @@ def compared(folder, *options, bank=50, pictures=False) -> list[dict[str, str]]:
     """
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch("lab.comparison.experiment.MEASUREMENTS", 2))
-        patches.enter_context(mock.patch.object(speed, "SECONDS", 0.01))
+        patches.enter_context(mock.patch.multiple(speed, SECONDS=0.01, RATE_ROUNDS=5))
         patches.enter_context(mock.patch.object(run_log, "save_loss_curves"))  # a training run's own plot
         patches.enter_context(mock.patch.object(held_out_bank, "__defaults__", (bank,)))
         for picture in () if pictures else ("save_curves", "save_labelled_rows"):

@@ -29,7 +29,7 @@ def test_the_rate_is_images_over_time_and_the_models_take_turns(monkeypatch):
     assert rates == {"true": pytest.approx(4.0), "inspired": pytest.approx(16.0)}
     warm_up, rounds = order[:2], order[2:]
     assert warm_up == ["true", "inspired"]
-    assert rounds == ["true", "inspired", "inspired"] * speed.ROUNDS
+    assert rounds == ["true", "inspired", "inspired"] * speed.RATE_ROUNDS
 
 
 def test_a_real_step_is_timed(monkeypatch):
