@@ -7,12 +7,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from images.batches import to_uint8
 from runtime.files import atomic_path
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
     """Images (N, C, H, W) in [-1, 1] as uint8 (N, H, W, 3); grey ones have three equal channels."""
-    levels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+    levels = to_uint8(images.clamp(-1, 1))
     return levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
 
 
