@@ -35,6 +35,15 @@ if [ -n "${DATA_DIR:-}" ]; then
     item long 420 "$python" train.py --device cuda --dataset folder --data-dir "$DATA_DIR" --channels 24 24 32 \
         --ode-steps 8 6 7 --random-ode-steps --batch-size 512 --minutes 6 --precision bf16 --compile on \
         --sample-every 100000 --output-dir runs/gpu-long
+    # ten and thirty minutes of two cores with AVX2, by the images that those see; the thirty at the rates of the ten
+    for minutes in 10 30; do
+        here=$folder/$minutes-minutes-avx2
+        mkdir -p "$here" && cp -n results/ten-minutes-avx2/costs.csv "$here"
+        item "$minutes-minutes" 480 "$python" compare.py --arms true inspired unet:38k unet:38k-flat unet:75k-flat \
+            unet:150k unet:150k-flat unet:300k --budget seconds --amount $((60 * minutes)) --class-conditional \
+            --lrs 4e-3 8e-3 --sweep-share "$([ $minutes = 10 ] && echo 1 || echo 0.3333)" --compile --jobs 8 \
+            --device cuda --num-images 1000 --dataset folder --data-dir "$DATA_DIR" --output-dir "$here"
+    done
     # the U-Net that draws as well, beside results/pictures
     item pictures-150k 480 "$python" compare.py --arms unet:150k --reference unet:150k --class-conditional --lrs 4e-3 \
         --precision bf16 --compile --jobs 3 --device cuda --num-images 1000 --dataset folder --data-dir "$DATA_DIR" \
