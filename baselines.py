@@ -106,7 +106,8 @@ class FixedTauCell(RealLiquidCell):
 
     def __init__(self, in_channels: int, channels: int, embedding_dim: int, **options):
         super().__init__(in_channels, channels, embedding_dim, **options)
-        self.input = InputConv(in_channels, channels)  # the drive alone
+        side = self.input.depthwise.kernel_size[0]
+        self.input = InputConv(in_channels, channels, side)  # the drive alone
         self.time = nn.Linear(embedding_dim, channels, bias=False)
 
     def _drive_and_tau(self, features: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +126,7 @@ class FixedTauLiquid(TrueLiquidDiffusionModel):
 
     processor_type = FixedTauProcessor
 
-    def __init__(self, in_channels: int = 3, num_classes: int = 0, channels: Sequence[int] = (36, 26, 26), **options):
+    def __init__(self, in_channels: int = 3, num_classes: int = 0, channels: Sequence[int] = (36, 26, 25), **options):
         super().__init__(in_channels, num_classes, channels, **options)
 
 

@@ -72,21 +72,21 @@ class TimeEmbedding(nn.Module):
 
 
 class InputConv(nn.Module):
-    """Layer normalisation (over C, H, W), then a depthwise-separable 3x3 convolution: the `W_in` of a cell.
+    """Layer normalisation (over C, H, W), then a depthwise-separable convolution: the `W_in` of a cell.
 
-    forward(x (B, in_channels, H, W)) -> (B, out_channels, H, W).
+    forward(x (B, in_channels, H, W)) -> (B, out_channels, H, W). side: of the depthwise kernel, odd.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, side: int):
         super().__init__()
         self.norm = nn.GroupNorm(1, in_channels, affine=False)  # the next layer is affine already
-        self.depthwise = nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels)
+        self.depthwise = nn.Conv2d(in_channels, in_channels, side, padding=side // 2, groups=in_channels)
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
         with torch.no_grad():
-            self.depthwise.weight[:, :, 1, 1] += 1  # start near the identity
+            self.depthwise.weight[:, :, side // 2, side // 2] += 1  # start near the identity
 
     def forward(self, x: Tensor) -> Tensor:
-        if cell_input.fits(x):
+        if cell_input.fits(x, self.depthwise):
             return cell_input.input_conv(x, self.depthwise, self.pointwise, self.norm.eps)
         return self.pointwise(self.depthwise(self.norm(x)))
 
@@ -96,6 +96,7 @@ class RealLiquidCell(nn.Module):
 
     The drive `W_in x + W_t e` and tau are computed once per call; each step recomputes only `W_rec * h`.
     tau = tau_min + (tau_max - tau_min) sigmoid(...), for each pixel and channel, in the same unit as the horizon.
+    input_kernel: the side of the depthwise kernel of `W_in`.
 
     Raises ValueError for an unknown solver or activation, fewer than 1 step, or a tau range that is not
     0 < tau_min < tau_max; ImportError for a solver of torchdiffeq where that is not installed.
@@ -112,6 +113,7 @@ class RealLiquidCell(nn.Module):
         horizon: float = 2.0,
         solver: str = "euler",
         activation: str = "silu",
+        input_kernel: int = 5,
     ):
         super().__init__()
         if not 0 < tau_range[0] < tau_range[1]:
@@ -122,7 +124,7 @@ class RealLiquidCell(nn.Module):
         self.horizon = horizon
         self.activation = ACTIVATIONS[activation]
         self.set_solver(solver, num_steps)
-        self.input = InputConv(in_channels, 2 * channels)  # for the drive and for the logit of tau
+        self.input = InputConv(in_channels, 2 * channels, input_kernel)  # for the drive and for the logit of tau
         self.time = nn.Linear(embedding_dim, 2 * channels, bias=False)
         self.recurrent = Conv3x3(channels, channels, bias=False)
         # orthogonal rows of norm 0.8: an untrained cell's state stays near its drive
@@ -196,7 +198,7 @@ class SpatialLiquidProcessor(nn.Module):
 
     The slow cell runs first, and each cell reads the features of its scale together with the slower cell's state.
     forward(x (B, C0, H, W), embedding, state) -> state, a tuple (global, local, detail) of shapes
-    (B, C2, H/4, W/4), (B, C1, H/2, W/2), (B, C0, H, W), where channels = (C0, C1, C2).
+    (B, C2, H/4, W/4), (B, C1, H/2, W/2), (B, C0, H, W), where channels = (C0, C1, C2). options: those of the cells.
 
     Raises what `RealLiquidCell` raises.
     """
@@ -209,8 +211,7 @@ class SpatialLiquidProcessor(nn.Module):
         embedding_dim: int,
         *,
         ode_steps: Sequence[int],
-        solver: str,
-        activation: str,
+        **options,
     ):
         super().__init__()
         fine, medium, coarse = channels
@@ -218,8 +219,8 @@ class SpatialLiquidProcessor(nn.Module):
         self.to_coarse = nn.Conv2d(medium, coarse, 1)
 
         def cell(name: str, in_channels: int, channels: int, num_steps: int) -> RealLiquidCell:
-            options = {"tau_range": TAU_RANGE[name], "solver": solver, "activation": activation}
-            return self.cell_type(in_channels, channels, embedding_dim, num_steps=num_steps, **options)
+            own = {"num_steps": num_steps, "tau_range": TAU_RANGE[name]}
+            return self.cell_type(in_channels, channels, embedding_dim, **own, **options)
 
         slow, middle, fast = ode_steps
         self.global_cell = cell("global", coarse, coarse, slow)
@@ -275,6 +276,7 @@ class TrueLiquidDiffusionModel(Denoiser):
     multiples of 4. With `num_classes` > 0 the model is class-conditional, and label `num_classes` means "no class".
     `ode_steps` are the steps of the (global, local, detail) cells. With `random_steps` each training step uses a random
     multiple of them (`draw_steps`), so that the weights learn the equation and not one way of stepping through it.
+    `input_kernel` is the side of the depthwise kernel of each cell's `W_in`.
 
     Raises ValueError for sides that are not multiples of 4, and what `RealLiquidCell` raises.
     """
@@ -286,11 +288,12 @@ class TrueLiquidDiffusionModel(Denoiser):
         in_channels: int = 3,
         num_classes: int = 0,
         channels: Sequence[int] = (32, 24, 24),
-        embedding_dim: int = 32,
+        embedding_dim: int = 24,
         ode_steps: Sequence[int] = (3, 5, 7),
         solver: str = "euler",
         activation: str = "silu",
         random_steps: bool = False,
+        input_kernel: int = 5,
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -299,7 +302,12 @@ class TrueLiquidDiffusionModel(Denoiser):
         self.embedding = TimeEmbedding(embedding_dim, num_classes)
         self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.processor = self.processor_type(
-            channels, embedding_dim, ode_steps=ode_steps, solver=solver, activation=activation
+            channels,
+            embedding_dim,
+            ode_steps=ode_steps,
+            solver=solver,
+            activation=activation,
+            input_kernel=input_kernel,
         )
         self.head = Conv3x3(channels[0], in_channels)
         for parameter in self.head.parameters():  # an untrained network leaves the prediction to the preconditioning

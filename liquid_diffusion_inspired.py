@@ -42,6 +42,7 @@ class InspiredDiffusionModel(Denoiser):
 
     forward(x (B, C, H, W), t (B,), labels=(B,) or None) -> (B, C, H, W); it takes and returns None as its state.
     channels: at full, half and quarter resolution. depths: residual blocks at quarter, half and full resolution.
+    input_kernel: the side of the depthwise kernel with which a scale reads its input, as in the true model.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class InspiredDiffusionModel(Denoiser):
         num_classes: int = 0,
         channels: Sequence[int] = (24, 12, 16),
         depths: Sequence[int] = (1, 1, 4),
-        embedding_dim: int = 32,
+        embedding_dim: int = 28,
+        input_kernel: int = 5,
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -59,8 +61,8 @@ class InspiredDiffusionModel(Denoiser):
         self.stem = nn.Conv2d(in_channels, fine, 3, padding=1)
         self.to_medium = nn.Conv2d(fine, medium, 1)
         self.to_coarse = nn.Conv2d(medium, coarse, 1)
-        self.merge_medium = InputConv(medium + coarse, medium)
-        self.merge_fine = InputConv(fine + medium, fine)
+        self.merge_medium = InputConv(medium + coarse, medium, input_kernel)
+        self.merge_fine = InputConv(fine + medium, fine, input_kernel)
         self.coarse_blocks, self.medium_blocks, self.fine_blocks = (
             nn.ModuleList(ResidualBlock(width, embedding_dim) for _ in range(depth))
             for width, depth in zip((coarse, medium, fine), depths, strict=True)

@@ -10,7 +10,7 @@ torchrun --nproc-per-node=2 train.py                   # the same run in two pro
 from runtime import interrupted_import  # noqa: F401  # isort: skip
 
 from argparse import BooleanOptionalAction
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from choices import (
@@ -162,8 +162,13 @@ def resumed(given: dict, output_dir: Path) -> tuple[TrainConfig, Path]:
     record = read_config(folder)
     with slow_imports():
         from models import build_model
+        from training.checkpoint import in_full
     try:
         saved = TrainConfig(**BEFORE_THE_FLAG | record["train"])
+        if "model" in record:  # the network as it was built, which outlives a change of its defaults
+            built = in_full(record["model"])["model_config"]
+            own = {name: value for name, value in built.items() if name not in ("in_channels", "num_classes")}
+            saved = replace(saved, model_config=own | saved.model_config)
         liquid = {name: saved.model_config.get(name) for name in ("solver", "random_steps", "channels", "ode_steps")}
         before = vars(saved) | {**liquid, "random_ode_steps": bool(liquid["random_steps"])}
         parser().check(before)

@@ -1,9 +1,10 @@
-"""The input of a liquid cell as one call of C++, on CPUs in fp32: normalisation, depthwise and pointwise convolution.
+"""The input of a liquid cell as one call of C++, on CPUs: normalisation, depthwise and pointwise convolution.
 
-    if fits(x):
+    if fits(x, depthwise):
         features = input_conv(x, depthwise, pointwise, eps)
 
-`liquid_diffusion.InputConv` does the same in torch. Here nothing goes to memory between the three (input.cpp).
+`liquid_diffusion.InputConv` does the same in torch. Here nothing goes to memory between the three (input.cpp). All is
+computed in fp32, under autocast, too: torch takes longer for a large depthwise kernel in bf16.
 """
 
 import torch
@@ -11,21 +12,25 @@ from torch import Tensor, nn
 
 from kernels.native import FP32, call, empty_pixels, operator, pixels, ready
 
+SIDES = (3, 5)  # of the depthwise kernel
 LAYERS = "Tensor depth_weight, Tensor depth_bias, Tensor point_weight"
 
 
-def fits(x: Tensor) -> bool:
+def fits(x: Tensor, depthwise: nn.Conv2d) -> bool:
     """Whether `input_conv` can compute with x (B, C, H, W) here."""
-    return ready(FP32, x) and not torch.is_autocast_enabled("cpu")
+    known = depthwise.kernel_size[0] in SIDES and depthwise.weight.dtype == torch.float32
+    return known and x.dtype in (torch.float32, torch.bfloat16) and ready(FP32, x, x.dtype)
 
 
 def input_conv(x: Tensor, depthwise: nn.Conv2d, pointwise: nn.Conv2d, eps: float) -> Tensor:
     """pointwise(depthwise(n)), where n is x (B, C, H, W) normalised over each image: (B, D, H, W).
 
-    depthwise: a 3x3 convolution of each channel by itself, pointwise: a 1x1 convolution, both with a bias.
+    depthwise: a convolution of each channel by itself, its kernel as wide as one of SIDES. pointwise: a 1x1
+    convolution. Both have a bias. The result has autocast's type.
     """
     layers = (depthwise.weight, depthwise.bias, pointwise.weight, pointwise.bias)
-    return _input_conv(x, *layers, eps)[0]
+    features = _input_conv(x.float(), *layers, eps)[0]
+    return features.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else features
 
 
 def _features(x, depth_weight, depth_bias, point_weight, *_):
@@ -37,7 +42,7 @@ def _input_conv(x, depth_weight, depth_bias, point_weight, point_bias, eps):
     """The features, and of each image the mean and 1 / standard deviation."""
     features, means = _features(x, depth_weight, depth_bias, point_weight)
     layers = (w.contiguous() for w in (depth_weight, depth_bias, point_weight, point_bias))
-    call(FP32, "input_forward", *_numbers(x, features), float(eps), pixels(x), *layers, features, means)
+    call(FP32, "input_forward", *_numbers(x, features, depth_weight), float(eps), pixels(x), *layers, features, means)
     return features, means
 
 
@@ -55,7 +60,16 @@ def _input_conv_backward(gradient, x, means, depth_weight, depth_bias, point_wei
     """The gradients of x, of the depthwise convolution's weight and bias, and of the pointwise one's."""
     gradients = _gradients(gradient, x, means, depth_weight, depth_bias, point_weight)
     layers = (w.contiguous() for w in (depth_weight, depth_bias, point_weight))
-    call(FP32, "input_backward", *_numbers(x, gradient), pixels(gradient), pixels(x), means, *layers, *gradients)
+    call(
+        FP32,
+        "input_backward",
+        *_numbers(x, gradient, depth_weight),
+        pixels(gradient),
+        pixels(x),
+        means,
+        *layers,
+        *gradients,
+    )
     return gradients
 
 
@@ -71,6 +85,6 @@ def _backward(ctx, gradient: Tensor, _) -> tuple:
 _input_conv.differentiate(_keep, _backward)
 
 
-def _numbers(x: Tensor, features: Tensor) -> list[int]:
-    """The sizes: images, inputs, outputs, height, width."""
-    return [len(x), x.shape[1], features.shape[1], *x.shape[2:]]
+def _numbers(x: Tensor, features: Tensor, depth_weight: Tensor) -> list[int]:
+    """The sizes: images, inputs, outputs, side of the depthwise kernel, height, width."""
+    return [len(x), x.shape[1], features.shape[1], depth_weight.shape[-1], *x.shape[2:]]

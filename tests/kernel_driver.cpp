@@ -11,10 +11,10 @@ bool cell_backward(int, int, int, int, int, int, int, float, float, float, const
                    const float*, const float*, const float* const*, float*, float*, float*, float*);
 bool convolution(int, int, int, int, int, int, bool, const float*, const float*, const float*, float*);
 bool convolution_weight_gradient(int, int, int, int, int, int, const float*, const float*, float*);
-bool input_forward(int, int, int, int, int, int, float, const float*, const float*, const float*, const float*,
+bool input_forward(int, int, int, int, int, int, int, float, const float*, const float*, const float*, const float*,
                    const float*, float*, float*);
-bool input_backward(int, int, int, int, int, int, const float*, const float*, const float*, const float*, const float*,
-                    const float*, float*, float*, float*, float*, float*);
+bool input_backward(int, int, int, int, int, int, int, const float*, const float*, const float*, const float*,
+                    const float*, const float*, float*, float*, float*, float*, float*);
 int vector_lanes();
 }
 
@@ -63,13 +63,16 @@ int main() {
                                         weight.get(), nullptr, x.get());
                     good &= convolution_weight_gradient(threads, images, channels, more, height, width, x.get(),
                                                         result.get(), weight.get());
-                    Array depth = some(channels * 9), depth_bias = some(channels), point = some(channels * more),
-                          means = some(images * 2);
-                    good &= input_forward(threads, images, channels, more, height, width, 1e-5, x.get(), depth.get(),
-                                          depth_bias.get(), point.get(), bias.get(), result.get(), means.get());
-                    good &= input_backward(threads, images, channels, more, height, width, result.get(), x.get(),
-                                           means.get(), depth.get(), depth_bias.get(), point.get(), x.get(),
-                                           depth.get(), depth_bias.get(), point.get(), bias.get());
+                    for (int side : {3, 5}) {
+                        Array depth = some(channels * side * side), depth_bias = some(channels),
+                              point = some(channels * more), means = some(images * 2);
+                        good &= input_forward(threads, images, channels, more, side, height, width, 1e-5, x.get(),
+                                              depth.get(), depth_bias.get(), point.get(), bias.get(), result.get(),
+                                              means.get());
+                        good &= input_backward(threads, images, channels, more, side, height, width, result.get(),
+                                               x.get(), means.get(), depth.get(), depth_bias.get(), point.get(),
+                                               x.get(), depth.get(), depth_bias.get(), point.get(), bias.get());
+                    }
                 }
     std::puts(good ? "good" : "out of memory");
     return !good;

@@ -451,7 +451,7 @@ def test_two_processes_divide_a_batch(monkeypatch):
     monkeypatch.setattr(torch.multiprocessing, "spawn", forked)
     config = TrainConfig(dataset="synthetic", batch_size=2, device="cpu", precision="fp32")
     report = sections.one_against_two(config, 8, 2, steps=1)
-    assert report["gradient_bytes_a_step"] == 4 * 38_451
+    assert report["gradient_bytes_a_step"] == 4 * 38_307
     assert report["one_process"]["threads"] == 2 and report["two_processes"]["threads_each"] == 1
     one, two = (report[name]["images_per_second"] for name in ("one_process", "two_processes"))
     assert report["two_over_one"] == two / one

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -16,6 +17,7 @@ import torch
 from conftest import EVERY, ROOT, call, same, trained
 
 import train
+from liquid_diffusion import TrueLiquidDiffusionModel
 from runtime.errors import UserError
 from runtime.files import atomic_path, output_file
 from training.checkpoint import load_model, read_model, read_resume, save_model, save_run
@@ -135,6 +137,29 @@ def test_a_run_of_format_2_goes_on_to_the_same_bytes(light, tmp_path, monkeypatc
     assert (run / "model.safetensors").read_bytes() == (old / "model.safetensors").read_bytes()
     ends = [read_resume(folder / "checkpoint.pt") | {"seconds": None} for folder in (run, old)]  # how long it took
     assert same(*ends)
+
+
+def test_a_run_of_format_3_goes_on_with_the_network_that_it_was_built_with(light, tmp_path, monkeypatch):
+    """Its cells read their input through 3x3 kernels, by a default of those days that none of its files names."""
+    with monkeypatch.context() as before:
+        defaults = TrueLiquidDiffusionModel.__init__.__defaults__
+        before.setattr(TrueLiquidDiffusionModel.__init__, "__defaults__", (*defaults[:-1], 3))
+        run = trained(tmp_path / "now", *EVERY, "--steps", 3)
+        old = shutil.copytree(run, tmp_path / "before")
+        (tensors, about), state = read_model(run), read_resume(run / "checkpoint.pt")
+        config = read_config(run)
+        for record in (about, config["model"]):
+            assert record["model_config"].pop("input_kernel") == 3
+        state.pop("format_version")
+        with mock.patch("training.checkpoint.FORMAT_VERSION", 3):
+            save_run(old, tensors, about, state | {"about": json.dumps(about)})
+        (old / "config.json").write_text(json.dumps(config))
+        code, _, err = call(train, "--resume", run, "--steps", 6)
+        assert code == 0, err
+    code, _, err = call(train, "--resume", old, "--steps", 6)
+    assert code == 0, err
+    assert load_model(old)[0].processor.detail_cell.input.depthwise.kernel_size == (3, 3)
+    assert same(read_model(run)[0], read_model(old)[0])
 
 
 def test_run_ids_grow_from_the_largest(tmp_path):

@@ -40,7 +40,7 @@ def test_a_fixed_tau_is_the_same_for_every_input_time_and_pixel():
     model = FixedTauLiquid()
     for cell in model.processor.cells.values():
         x = torch.randn(2, cell.input.depthwise.in_channels, 8, 8)
-        _, tau = cell.drive_and_tau(x, torch.randn(2, 32))
+        _, tau = cell.drive_and_tau(x, torch.randn(2, cell.time.in_features))
         assert tau.unique().tolist() == pytest.approx([(cell.tau_min + cell.tau_max) / 2])
 
 

@@ -172,17 +172,17 @@ def test_two_halves_are_the_whole(solver):
 
 def test_one_pixel_acts_near_and_through_the_slow_cells_far():
     model = make_model()
-    x, t = torch.randn(1, 3, 64, 64), torch.tensor([100])
+    x, t = torch.randn(1, 3, 96, 96), torch.tensor([100])
     # the normalisation couples all pixels by their mean and deviation; without it what is left is the coupling we test
     for cell in model.processor.cells.values():
         cell.input.norm = torch.nn.Identity()
     touched = x.clone()
-    touched[0, :, 32, 32] += 1
+    touched[0, :, 48, 48] += 1
     change = (model(touched, t) - model(x, t)).abs().amax(1)[0]
-    reach_of_detail_cell = 1 + 1 + 6 + 1  # stem, W_in, six recurrent convolutions, head
-    assert change[32, 32] > 1e-2
-    assert change[32, 32 + reach_of_detail_cell + 4] > 1e-9
-    assert change[32, 32] > 10 * change[32, 32 + reach_of_detail_cell]
+    reach_of_detail_cell = 1 + 2 + 6 + 1  # stem, W_in, six recurrent convolutions, head
+    assert change[48, 48] > 1e-2
+    assert change[48, 48 + reach_of_detail_cell + 4] > 1e-9
+    assert change[48, 48] > 10 * change[48, 48 + reach_of_detail_cell]
     assert change[0, 0] == 0
 
 

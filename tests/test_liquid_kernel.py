@@ -303,13 +303,14 @@ def test_other_cells_are_integrated_by_torch(monkeypatch, cell, options, dtype):
 
 @needs_compiler
 @pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("side", cell_input.SIDES)
 @pytest.mark.parametrize(
     "shape, outputs",
     [((2, 56, 32, 32), 64), ((3, 24, 8, 8), 48), ((1, 5, 9, 3), 7), ((2, 1, 3, 2), 2), ((3, 33, 5, 31), 10)],
 )
-def test_input_is_that_of_double_precision(shape, outputs, number):
+def test_input_is_that_of_double_precision(shape, outputs, side, number):
     torch.manual_seed(0)
-    layer = InputConv(shape[1], outputs)
+    layer = InputConv(shape[1], outputs, side)
     x, gradient = 3 * torch.randn(shape) + 5, torch.randn(shape[0], outputs, *shape[2:])
 
     def outcome(layer, x, gradient):

@@ -26,9 +26,11 @@ from runtime.files import atomic_path
 from training.run_folder import MODEL_FILE, RESUME_FILE, instead_of, weights_file
 
 FORMAT = "liquid-diffusion"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # format 2 kept the liquid cells in a ModuleDict, whose key "global" is a Python keyword and stops torch.export
 RENAMED_SINCE_2 = {f"processor.cells.{name}.": f"processor.{name}_cell." for name in ("global", "local", "detail")}
+# what the liquid and its imitation were built with up to format 3, when they did not have the argument
+BEFORE_FORMAT_4 = {"input_kernel": 3}
 
 
 def save_model(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -95,7 +97,15 @@ def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     _check_version(path, version)
     if not isinstance(config, dict) or checksum != _checksum(tensors, config):
         raise UserError(f"{path}: damaged (its content does not have the checksum that was saved with it)")
-    return (renamed(tensors) if version == 2 else tensors), config
+    return (renamed(tensors) if version == 2 else tensors), (in_full(config) if version < 4 else config)
+
+
+def in_full(about: dict[str, Any]) -> dict[str, Any]:
+    """What a model of format 2 or 3 says of itself, completed with what its network was built with."""
+    config = about.get("model_config")
+    if str(about.get("model")).partition(":")[0] not in ("true", "inspired") or not isinstance(config, dict):
+        return about
+    return about | {"model_config": BEFORE_FORMAT_4 | config}
 
 
 def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -126,8 +136,8 @@ def read_resume(path: Path) -> dict[str, Any]:
 
 
 def _check_version(path: Path, version: object) -> None:
-    if version not in (2, FORMAT_VERSION):
-        raise UserError(f"{path}: format version {version}, this program reads versions 2 and {FORMAT_VERSION}")
+    if version not in range(2, FORMAT_VERSION + 1):
+        raise UserError(f"{path}: format version {version}, this program reads versions 2 to {FORMAT_VERSION}")
 
 
 def load_model(path: str | Path) -> tuple[Denoiser, DDPMScheduler, dict[str, Any]]:

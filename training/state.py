@@ -14,7 +14,7 @@ from images.datasets import ImageData
 from models import build_model, complete_config
 from runtime.errors import RunFailed, UserError, reason
 from runtime.processes import Processes
-from training.checkpoint import read_resume, save_run
+from training.checkpoint import in_full, read_resume, save_run
 from training.config import TrainConfig
 from training.optimizer import make_optimizer
 from training.run_folder import RESUME_FILE, what_is_safe
@@ -97,6 +97,7 @@ class TrainState:
         saved = read_resume(path)
         try:
             before = json.loads(saved["about"])
+            before = in_full(before) if saved["format_version"] < 4 else before
             for name, now in json.loads(json.dumps(self.about)).items():
                 if before[name] != now:
                     raise ValueError(f"{name} was {before[name]}, is {now}")
