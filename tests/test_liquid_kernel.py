@@ -329,6 +329,23 @@ def test_input_is_that_of_double_precision(shape, outputs, side, number):
 
 
 @needs_compiler
+def test_under_autocast_the_input_is_computed_in_fp32_and_given_as_autocast_would():
+    torch.manual_seed(0)
+    layer, x = InputConv(5, 7, 5), torch.randn(2, 5, 8, 8)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, narrow = layer(x), layer(x.bfloat16())
+        with native.plain_torch():
+            expected = layer(x)
+    assert found.dtype == narrow.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(found, exact.bfloat16())  # torch rounds between the three as well
+    assert not torch.equal(found, expected) and largest_error(expected, exact) < 0.02
+    narrow.sum().backward()
+    assert layer.depthwise.weight.grad.dtype == torch.float32
+    assert not cell_input.fits(x.bfloat16(), layer.bfloat16().depthwise)
+
+
+@needs_compiler
 def test_input_operator_keeps_torchs_contract():
     tensors = [
         torch.randn(shape, requires_grad=True) for shape in ((2, 5, 6, 7), (5, 1, 3, 3), (5,), (9, 5, 1, 1), (9,))
