@@ -60,16 +60,8 @@ def _input_conv_backward(gradient, x, means, depth_weight, depth_bias, point_wei
     """The gradients of x, of the depthwise convolution's weight and bias, and of the pointwise one's."""
     gradients = _gradients(gradient, x, means, depth_weight, depth_bias, point_weight)
     layers = (w.contiguous() for w in (depth_weight, depth_bias, point_weight))
-    call(
-        FP32,
-        "input_backward",
-        *_numbers(x, gradient, depth_weight),
-        pixels(gradient),
-        pixels(x),
-        means,
-        *layers,
-        *gradients,
-    )
+    sizes = _numbers(x, gradient, depth_weight)
+    call(FP32, "input_backward", *sizes, pixels(gradient), pixels(x), means, *layers, *gradients)
     return gradients
 
 
