@@ -49,9 +49,9 @@ class InspiredDiffusionModel(Denoiser):
         self,
         in_channels: int = 3,
         num_classes: int = 0,
-        channels: Sequence[int] = (24, 12, 16),
+        channels: Sequence[int] = (24, 16, 16),
         depths: Sequence[int] = (1, 1, 4),
-        embedding_dim: int = 28,
+        embedding_dim: int = 24,
         input_kernel: int = 5,
     ):
         super().__init__()

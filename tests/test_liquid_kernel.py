@@ -213,7 +213,7 @@ def test_model_computes_the_same_with_and_without_it(dtype, number):
         exact = outcome(model.double(), x.double(), bf16=False)
     assert not torch.equal(found, without)  # so the kernel did run
     assert error(found, exact) < (1e-5 if dtype == torch.float32 else 2**-5)
-    assert error(found, exact) < 1.5 * error(without, exact)
+    assert error(found, exact) < 2 * error(without, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -291,7 +291,7 @@ def test_operators_keep_torchs_contract(dtype):
 )
 def test_other_cells_are_integrated_by_torch(monkeypatch, cell, options, dtype):
     monkeypatch.setattr(native, "available", lambda library: True)
-    monkeypatch.setattr(cell_input, "fits", lambda x: False)
+    monkeypatch.setattr(cell_input, "fits", lambda *_: False)
     monkeypatch.setattr(liquid_kernel, "integrate", lambda *_: pytest.fail("the kernel was called"))
     cell = cell(4, **{"channels": 8} | options, embedding_dim=8, num_steps=2, tau_range=(0.5, 4)).to(dtype)
     with torch.no_grad():
