@@ -41,6 +41,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 TINY = ["--dataset", "digits", "--batch-size", "16", "--timesteps", "8", "--precision", "fp32", "--log-every", "5"]
 TINY += ["--compile", "off"]  # many a test starts a long run and stops it early
 EVERY = ["--log-every", 1, "--save-every", 1, "--sample-every", 1000]
+BF16_FLAGS = {"avx512_bf16"}  # what a processor that multiplies in bf16 has; others compute the same, slowly
 
 
 def as_from_a_shell() -> None:
@@ -260,6 +261,11 @@ def same(a, b) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+def largest_error(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Of a single value, relative to the largest one of y, which is in double precision."""
+    return ((x.double() - y).abs().max() / y.abs().max()).item()
+
+
 def trained(folder: Path, *arguments, options: Sequence = (*TINY, "--device", "cpu")) -> Path:
     """A short run in this process, which saves the start of another; its folder."""
     code, _, err = call(train, *options, "--output-dir", folder, *arguments)
@@ -310,6 +316,14 @@ def whole_run(tmp_path_factory) -> Path:
     done = run_forked("train.py", *TINY, *options, "--output-dir", folder)
     assert done.returncode == 0, done.stderr
     return folder / "00000-true-digits"
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory):
+    """A small comparison: (its folder, its options, its rows)."""
+    from comparing import small_experiment
+
+    return small_experiment(tmp_path_factory.mktemp("experiment"))
 
 
 def known_features(images: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import largest_error
 from torch import nn
 
 from baselines import UNetReference
 from kernels import convolution, native
 from kernels.convolution import Conv3x3
+from lab.benchmark.kernels import threads
 from liquid_diffusion_inspired import InspiredDiffusionModel
 
 needs_compiler = pytest.mark.skipif(not native.available(native.FP32), reason="no C++ compiler")
@@ -34,15 +36,11 @@ def outcome(function, x, weight, bias, gradient):
 def test_output_and_gradients_are_those_of_double_precision(shape, number):
     values = tensors(*shape)
     exact = outcome(lambda x, w, b: F.conv2d(x, w, b, padding=1), *(value.double() for value in values))
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
+    with threads(number):
         found, again = (outcome(torch.ops.liquid.convolution, *values) for _ in range(2))
-    finally:
-        torch.set_num_threads(before)
     for one, same, other in zip(found, again, exact, strict=True):
         assert torch.equal(one, same)
-        assert ((one.double() - other).abs().max() / other.abs().max()).item() < 2e-5
+        assert largest_error(one, other) < 2e-5
 
 
 @needs_compiler

@@ -1,17 +1,18 @@
 """The compiled cell against the same steps in torch, in double precision: in fp32, and in bf16 where there is AMX."""
 
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import largest_error
 
 from baselines import FixedTauCell
 from kernels import cell_input, liquid_kernel, native
 from kernels.compilation import compiled
+from lab.benchmark.kernels import threads
 from lab.benchmark.peers import TorchdiffeqCell
-from liquid_diffusion import STEP_FRACTION, InputConv, RealLiquidCell, TrueLiquidDiffusionModel
+from liquid_diffusion import STEP_FRACTION, RealLiquidCell, TrueLiquidDiffusionModel
 
 resource = pytest.importorskip("resource")
 needs_compiler = pytest.mark.skipif(not native.available(native.FP32), reason="no C++ compiler")
@@ -69,21 +70,6 @@ def error(x, y):
     return ((x.double() - y).norm() / y.norm()).item()
 
 
-def largest_error(x, y):
-    """Of a single value, relative to the largest one."""
-    return ((x.double() - y).abs().max() / y.abs().max()).item()
-
-
-@contextmanager
-def torch_threads(number):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @needs_compiler
 @pytest.mark.parametrize("number", [1, 2, 5])
 @pytest.mark.parametrize("shape, num_steps, carried", SHAPES + WIDE)
@@ -92,7 +78,7 @@ def test_output_and_gradients_in_fp32_are_those_of_double_precision(shape, num_s
     """With more threads than images, several threads share an image."""
     tensors, gradient = inputs(shape, torch.float32, carried=carried)
     exact = with_gradients(by_torch, [x if x is None else x.double() for x in tensors], gradient, num_steps, solver)
-    with torch_threads(number):
+    with threads(number):
         found = with_gradients(liquid_kernel.integrate, tensors, gradient, num_steps, solver)
     for name in NAMES:
         assert (found[name] is None) == (exact[name] is None), name
@@ -128,7 +114,7 @@ def test_no_less_exact_than_torch_in_bf16():
 def test_image_is_integrated_alone_and_the_same_every_time(dtype):
     """With one thread; where two share an image, rows between them are summed in another order."""
     tensors, gradient = inputs((3, 24, 16, 16), dtype, carried=True)
-    with torch_threads(1):
+    with threads(1):
         together = with_gradients(liquid_kernel.integrate, tensors, gradient, 5)
         again = with_gradients(liquid_kernel.integrate, tensors, gradient, 5)
         alone = [with_gradients(liquid_kernel.integrate, [*(x[i : i + 1] for x in tensors[:3]), tensors[3]],
@@ -172,7 +158,7 @@ def test_what_is_not_a_number_does_not_vanish(value):
 def test_same_threads_give_the_same_bytes(images):
     tensors, gradient = inputs((images, 24, 16, 16), torch.float32, carried=False)
     for number in (1, 2, 4):
-        with torch_threads(number):
+        with threads(number):
             first, second = (with_gradients(liquid_kernel.integrate, tensors, gradient, 5) for _ in range(2))
         assert all(first[name] is None or torch.equal(first[name], second[name]) for name in NAMES)
 
@@ -206,7 +192,7 @@ def test_model_computes_the_same_with_and_without_it(dtype, number):
         output.float().square().sum().backward()
         return torch.cat([output.detach().flatten(), *(p.grad.flatten() for p in model.parameters())])
 
-    with torch_threads(number):
+    with threads(number):
         found = outcome(model, x)
         with native.plain_torch():
             without = outcome(model, x)
@@ -296,59 +282,3 @@ def test_other_cells_are_integrated_by_torch(monkeypatch, cell, options, dtype):
     cell = cell(4, **{"channels": 8} | options, embedding_dim=8, num_steps=2, tau_range=(0.5, 4)).to(dtype)
     with torch.no_grad():
         assert cell(torch.randn(1, 4, 8, 8, dtype=dtype), torch.randn(1, 8, dtype=dtype)).isfinite().all()
-
-
-# --- the input of a cell ---------------------------------------------------------------------------------------------
-
-
-@needs_compiler
-@pytest.mark.parametrize("number", [1, 3])
-@pytest.mark.parametrize("side", cell_input.SIDES)
-@pytest.mark.parametrize(
-    "shape, outputs",
-    [((2, 56, 32, 32), 64), ((3, 24, 8, 8), 48), ((1, 5, 9, 3), 7), ((2, 1, 3, 2), 2), ((3, 33, 5, 31), 10)],
-)
-def test_input_is_that_of_double_precision(shape, outputs, side, number):
-    torch.manual_seed(0)
-    layer = InputConv(shape[1], outputs, side)
-    x, gradient = 3 * torch.randn(shape) + 5, torch.randn(shape[0], outputs, *shape[2:])
-
-    def outcome(layer, x, gradient):
-        layer.zero_grad()
-        x = x.clone().requires_grad_()
-        output = layer(x)
-        output.backward(gradient)
-        return [output.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
-
-    with torch_threads(number):
-        found, again = outcome(layer, x, gradient), outcome(layer, x, gradient)
-    exact = outcome(layer.double(), x.double(), gradient.double())
-    for one, same, other in zip(found, again, exact, strict=True):
-        assert torch.equal(one, same)
-        assert largest_error(one, other) < 2e-5
-
-
-@needs_compiler
-def test_under_autocast_the_input_is_computed_in_fp32_and_given_as_autocast_would():
-    torch.manual_seed(0)
-    layer, x = InputConv(5, 7, 5), torch.randn(2, 5, 8, 8)
-    exact = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, narrow = layer(x), layer(x.bfloat16())
-        with native.plain_torch():
-            expected = layer(x)
-    assert found.dtype == narrow.dtype == expected.dtype == torch.bfloat16
-    assert torch.equal(found, exact.bfloat16())  # torch rounds between the three as well
-    assert not torch.equal(found, expected) and largest_error(expected, exact) < 0.02
-    narrow.sum().backward()
-    assert layer.depthwise.weight.grad.dtype == torch.float32
-    assert not cell_input.fits(x.bfloat16(), layer.bfloat16().depthwise)
-
-
-@needs_compiler
-def test_input_operator_keeps_torchs_contract():
-    tensors = [
-        torch.randn(shape, requires_grad=True) for shape in ((2, 5, 6, 7), (5, 1, 3, 3), (5,), (9, 5, 1, 1), (9,))
-    ]
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.liquid.input_conv.default, (*tensors, 1e-5), test_utils=checks)

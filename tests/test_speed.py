@@ -9,6 +9,22 @@ from runtime.hardware import machine_name
 from training.config import TrainConfig
 
 
+def test_calls_take_turns_and_a_slow_one_has_fewer_rounds(monkeypatch):
+    clock, order = [0.0], []
+
+    def takes(name, seconds):
+        order.append(name)
+        clock[0] += seconds
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    calls = {"quick": lambda: takes("quick", 2.0), "slow": lambda: takes("slow", 11.0)}
+    assert speed.in_turn(calls, torch.device("cpu"), seconds=1.0, warmed_up=True) == {
+        "quick": [2.0] * 5,
+        "slow": [11.0] * 3,
+    }
+    assert order == ["quick", "slow"] * 3 + ["quick"] * 2
+
+
 def test_the_rate_is_images_over_time_and_the_models_take_turns(monkeypatch):
     """One model's step takes half a second, the other's two and, in one round, a disturbed twenty."""
     clock, order = [0.0], []
