@@ -10,7 +10,7 @@ computed in fp32, under autocast, too: torch takes longer for a large depthwise 
 import torch
 from torch import Tensor, nn
 
-from kernels.native import FP32, call, empty_pixels, operator, pixels, ready
+from kernels.native import FP32, call, empty_pixels, laid_out, operator, pixels, ready
 
 SIDES = (3, 5)  # of the depthwise kernel
 LAYERS = "Tensor depth_weight, Tensor depth_bias, Tensor point_weight"
@@ -71,7 +71,9 @@ def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward(ctx, gradient: Tensor, _) -> tuple:
-    return *_input_conv_backward(gradient, *ctx.saved_tensors), None
+    _, _, depth_weight, _, point_weight = ctx.saved_tensors
+    of_x, of_depth, of_bias, of_point, of_point_bias = _input_conv_backward(gradient, *ctx.saved_tensors)
+    return of_x, laid_out(of_depth, depth_weight), of_bias, laid_out(of_point, point_weight), of_point_bias, None
 
 
 _input_conv.differentiate(_keep, _backward)

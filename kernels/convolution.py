@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.native import FP32, call, empty_pixels, operator, pixels, ready
+from kernels.native import FP32, call, empty_pixels, laid_out, operator, pixels, ready
 
 
 class Conv3x3(nn.Conv2d):
@@ -76,8 +76,9 @@ def _keep(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
     of_input, _, of_bias = ctx.needs_input_grad
-    of_x, of_weight = _convolution_backward(gradient, *ctx.saved_tensors, of_input)
-    return of_x if of_input else None, of_weight, gradient.sum((0, 2, 3)) if of_bias else None
+    x, weight = ctx.saved_tensors
+    of_x, of_weight = _convolution_backward(gradient, x, weight, of_input)
+    return of_x if of_input else None, laid_out(of_weight, weight), gradient.sum((0, 2, 3)) if of_bias else None
 
 
 _convolution.differentiate(_keep, _backward)

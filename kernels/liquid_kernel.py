@@ -12,7 +12,7 @@ in bf16 they run on the matrix unit of those that have one (amx_cell.cpp: Intel 
 import torch
 from torch import Tensor
 
-from kernels.native import AMX, FP32, call, empty_pixels, lanes, operator, pixels, ready
+from kernels.native import AMX, FP32, call, empty_pixels, laid_out, lanes, operator, pixels, ready
 
 MOST_CHANNELS = {torch.float32: 64, torch.bfloat16: 32}  # the AMX kernel has room for no more
 SOLVERS = ("euler", "semi-implicit", "exponential")  # in the order of the kernels' schemes
@@ -92,8 +92,8 @@ def _keep(ctx, inputs: tuple, output: tuple[Tensor, list[Tensor]]) -> None:
 
 def _backward(ctx, gradient: Tensor, _) -> tuple:
     h, features, offset, weight, *kept = ctx.saved_tensors
-    of_h, *others = _integrate_backward(gradient, h, features, offset, weight, kept, *ctx.cell)
-    return None if h is None else of_h, *others, *(None for _ in ctx.cell), None
+    of_h, *others, of_weight = _integrate_backward(gradient, h, features, offset, weight, kept, *ctx.cell)
+    return None if h is None else of_h, *others, laid_out(of_weight, weight), *(None for _ in ctx.cell), None
 
 
 _integrate.differentiate(_keep, _backward)
@@ -149,7 +149,7 @@ def _keep_amx(ctx, inputs: tuple, output: Tensor) -> None:
 def _backward_amx(ctx, gradient: Tensor) -> tuple:
     tensors = ctx.saved_tensors
     gradients = _integrate_amx_backward(gradient, *tensors, *ctx.cell)
-    of_tensors = [None if x is None else g.to(x.dtype) for x, g in zip(tensors, gradients, strict=True)]
+    of_tensors = [None if x is None else laid_out(g, x) for x, g in zip(tensors, gradients, strict=True)]
     return *of_tensors, *(None for _ in ctx.cell)
 
 

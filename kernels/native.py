@@ -184,6 +184,13 @@ def pixels(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient of `like` in its memory format and dtype, as processes that share gradients want it."""
+    if (gradient.stride(), gradient.dtype) == (like.stride(), like.dtype):
+        return gradient
+    return torch.empty_like(like).copy_(gradient)
+
+
 def empty_pixels(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
     """An empty tensor (B, C, H, W) in that format, of the dtype and on the device of `like`."""
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
