@@ -55,9 +55,14 @@ def description(config: TrainConfig, data: ImageData, model: Denoiser, processes
 
 def kernels_used(config: TrainConfig) -> list[str]:
     """Whether our C++ computes part of this model, or why it could but does not."""
-    if config.precision == "fp32":
-        return ["C++ kernels" if native.available(native.FP32) else native.NOT_COMPILED]
-    return ["C++ kernel for AMX"] * (config.model == "true" and native.available(native.AMX))
+    bf16 = config.precision == "bf16"
+    if bf16 and config.model == "unet":  # our convolutions are for fp32
+        return []
+    if not native.available(native.FP32):
+        return [native.NOT_COMPILED]
+    return [
+        "C++ kernels with AMX" if bf16 and config.model == "true" and native.available(native.AMX) else "C++ kernels"
+    ]
 
 
 def changes_since(run: Path, data: ImageData) -> list[str]:
