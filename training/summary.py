@@ -60,9 +60,8 @@ def kernels_used(config: TrainConfig) -> list[str]:
         return []
     if not native.available(native.FP32):
         return [native.NOT_COMPILED]
-    return [
-        "C++ kernels with AMX" if bf16 and config.model == "true" and native.available(native.AMX) else "C++ kernels"
-    ]
+    amx = bf16 and config.model == "true" and native.available(native.AMX)
+    return ["C++ kernels with AMX" if amx else "C++ kernels"]
 
 
 def changes_since(run: Path, data: ImageData) -> list[str]:
