@@ -44,14 +44,10 @@ if [ -n "${DATA_DIR:-}" ]; then
             --lrs 4e-3 8e-3 --sweep-share "$([ $minutes = 10 ] && echo 1 || echo 0.3333)" --compile --jobs 8 \
             --device cuda --num-images 1000 --dataset folder --data-dir "$DATA_DIR" --output-dir "$here"
     done
-    # the U-Net that draws as well, beside results/pictures
-    item pictures-150k 480 "$python" compare.py --arms unet:150k --reference unet:150k --class-conditional --lrs 4e-3 \
-        --precision bf16 --compile --jobs 3 --device cuda --num-images 1000 --dataset folder --data-dir "$DATA_DIR" \
-        --output-dir comparisons/pictures-150k
     # the rungs above 150k at the length of three epochs: where the ratio of parameters would be read
     for arm in unet:600k unet:2.4m; do
         item "three-epochs-${arm#unet:}" 480 "$python" compare.py --arms $arm --reference $arm --lrs 2e-3 4e-3 \
-            --sweep-share 0.2 --precision bf16 --compile --jobs 3 --device cuda --dataset folder --data-dir "$DATA_DIR" \
-            --output-dir "comparisons/three-epochs-${arm#unet:}"
+            --class-conditional --sweep-share 0.2 --compile --jobs 3 --device cuda --num-images 1000 --dataset folder \
+            --data-dir "$DATA_DIR" --output-dir "comparisons/three-epochs-${arm#unet:}"
     done
 fi
