@@ -99,7 +99,8 @@ def test_a_run_writes_its_conditions_and_every_figure(tiny_report):
     assert report["threads"] == torch.get_num_threads() and report["machine"].endswith("threads")
     arms = ["true", "inspired", "unet:38k", "unet:150k", "unet:38k-flat"]
     assert list(report["train"]) == list(report["sampling"]["arms"]) == list(report["convolutions"]["arms"]) == arms
-    plain = ["fp32, plain torch"] if native.available(native.FP32) else []
+    libraries = {"fp32": native.FP32, "bf16": native.AMX}
+    plain = [f"{precision}, plain torch" for precision, library in libraries.items() if native.available(library)]
     for arm in arms:
         trained, drawn = report["train"][arm], report["sampling"]["arms"][arm]
         assert list(trained["variants"]) == list(drawn["variants"]) == ["fp32", "bf16", *plain]
