@@ -7,6 +7,9 @@ PORT ?= 8000
 PUBLISHED := $(filter-out pretrained/classifier-%,$(wildcard pretrained/*.safetensors))
 EXPORTED := $(PUBLISHED:pretrained/%.safetensors=exported/%/model.json)
 
+# --no-compile: Python compiles a module when it is first imported; pip would compile all of torch, for half a minute
+INSTALL := -m pip install --quiet --no-compile
+
 .PHONY: demo web check test test-web clean
 
 demo: $(VENV)/.run
@@ -43,15 +46,15 @@ web/node_modules/.package-lock.json: web/package.json web/package-lock.json
 
 $(VENV)/.run: requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	$(VENV)/bin/python $(INSTALL) -r requirements.txt
 	touch $@
 
 $(VENV)/.dev: requirements-dev.txt requirements-compare.txt requirements-export.txt $(VENV)/.run
-	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	$(VENV)/bin/python $(INSTALL) -r requirements-dev.txt
 	touch $@
 
 $(VENV)/.export: requirements-export.txt $(VENV)/.run
-	$(VENV)/bin/python -m pip install --quiet -r requirements-export.txt
+	$(VENV)/bin/python $(INSTALL) -r requirements-export.txt
 	touch $@
 
 clean:
