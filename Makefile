@@ -7,7 +7,8 @@ PORT ?= 8000
 PUBLISHED := $(filter-out pretrained/classifier-%,$(wildcard pretrained/*.safetensors))
 EXPORTED := $(PUBLISHED:pretrained/%.safetensors=exported/%/model.json)
 
-# --no-compile: Python compiles a module when it is first imported; pip would compile all of torch, for half a minute
+# --no-compile: Python compiles a module when it is first imported; pip would compile all of torch at once,
+# which takes it as long as the rest of the installation
 INSTALL := -m pip install --quiet --no-compile
 
 .PHONY: demo web check test test-web clean
