@@ -31,10 +31,9 @@ item benchmark 480 "$python" benchmark.py --device cuda --batch-size 512 --secon
 item million 120 "$python" train.py --device cuda --dataset digits --image-size 32 --batch-size 2048 --steps 490 \
     --compile on --sample-every 490 --output-dir runs/gpu-million
 if [ -n "${DATA_DIR:-}" ]; then
-    # the published model, for as many images as there is time
-    item long 420 "$python" train.py --device cuda --dataset folder --data-dir "$DATA_DIR" --channels 24 24 32 \
-        --ode-steps 8 6 7 --random-ode-steps --batch-size 512 --minutes 6 --precision bf16 --compile on \
-        --sample-every 100000 --output-dir runs/gpu-long
+    # weights to publish, for as many images as there is time; the published ones are of a former network
+    item long 420 "$python" train.py --device cuda --dataset folder --data-dir "$DATA_DIR" --random-ode-steps \
+        --batch-size 512 --minutes 6 --precision bf16 --compile on --sample-every 100000 --output-dir runs/gpu-long
     # ten and thirty minutes of two cores with AVX2, by the images that those see; the thirty at the rates of the ten
     for minutes in 10 30; do
         here=$folder/$minutes-minutes-avx2
